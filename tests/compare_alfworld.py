@@ -1,0 +1,94 @@
+"""Certify the fast ALFWorld engine against the stock alfworld package, step by step, on real and generated games.
+
+    python tests/compare_alfworld.py --data $ALFWORLD_DATA --games 40       # 40 of each task type, about 20 minutes
+
+Every game is played with its walkthrough mixed with random admissible, inadmissible and malformed actions; on each
+step the observation, the admissible actions, the reward and the end must be equal. `tests/test_envs.py` plays a few.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import envs
+
+MALFORMED = [
+    "nonsense",
+    "",
+    " look ",
+    "help",
+    "Look",
+    "go to",
+    "take mug 1 from fridge 1",
+    "open drawer 1",
+    "x" * 500,
+]
+
+
+def play_both(path: str, rng: random.Random, steps: int):
+    """Yield (action, what differs or None) for the reset and for each of `steps` actions."""
+    stock, fast = (
+        envs.make_env("alfworld", path, engine="textworld"),
+        envs.make_env("alfworld", path),
+    )
+    walkthrough = list(json.loads(Path(path).read_text())["walkthrough"])
+    theirs, ours = stock.reset(), fast.reset()
+    yield "reset", None if theirs == ours else (theirs, ours)
+    for _ in range(steps):
+        quiet = [a for a in ours.admissible if not a.startswith("go to")]  # what changes the state
+        draw = rng.random()
+        if walkthrough and draw < 0.4:
+            action = walkthrough.pop(0)
+        else:
+            action = rng.choice(
+                quiet if draw < 0.75 else ours.admissible if draw < 0.9 else MALFORMED
+            )
+        theirs, ours = stock.step(action), fast.step(action)
+        yield action, None if theirs == ours else (theirs, ours)
+        ours = ours[0]
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", default=None, help="folder that holds json_2.1.1 (default $ALFWORLD_DATA)"
+    )
+    parser.add_argument("--split", default="valid_seen", help="split, or several joined by commas")
+    parser.add_argument("--games", type=int, default=40, help="games of each task type")
+    parser.add_argument("--steps", type=int, default=30, help="actions played in each game")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    by_type = defaultdict(list)
+    for split in args.split.split(","):
+        for path in envs.list_items("alfworld", split, args.data):
+            by_type[envs.task_type_of(path)].append(path)
+    played, mismatches, start = Counter(), 0, time.time()
+    for task_type, paths in by_type.items():
+        for path in rng.sample(paths, min(args.games, len(paths))):
+            played[task_type] += 1
+            for action, difference in play_both(path, rng, args.steps):
+                played["steps"] += 1
+                if difference:
+                    mismatches += 1
+                    print(
+                        f"MISMATCH {path} after {action!r}\n  stock {difference[0]}\n  fast  {difference[1]}",
+                        flush=True,
+                    )
+        print(
+            f"{task_type}: {played[task_type]} games, {mismatches} mismatches, {time.time() - start:.0f} s",
+            flush=True,
+        )
+    print(f"{dict(played)}: {mismatches} mismatches")
+    sys.exit(1 if mismatches else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,590 @@
+"""The embedded default: small ALFWorld-format games and a tiny policy, so that everything runs with
+no download.
+
+    python tiny.py games                 # write the games under runs/tiny-games/ (the phase scripts
+                                         do this by themselves)
+    python tiny.py train --seed 0        # train the tiny policy and its tokenizer by imitation into
+                                         tiny_policy/
+
+A fresh machine has no pretrained model, so a Qwen2-architecture policy of about 0.4M parameters
+plays the part of the instruct model. It learns from demonstrations by a deliberately ignorant
+demonstrator, three things an instruct model would know: to act from the plain prompt, imperfectly
+(it knows the moves, but not which appliance cleans, heats or cools, and it often forgets the second
+object or the lamp); to follow a skill written in the prompt, right or wrong; and to summarize an
+episode it is shown as a condition and a strategy. What it does not know, the three phases find out.
+It is a stand-in: it shows that the algorithm works from end to end, and nothing about language
+models.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import envs
+
+GAMES = Path(
+    "runs/tiny-games"
+)  # laid out like $ALFWORLD_DATA: json_2.1.1/<split>/<task>/<trial>/game.tw-pddl
+POLICY = Path(__file__).resolve().parent / "tiny_policy"
+SPLITS = {"train": 960, "valid_seen": 240}  # games of each split, one task type after the other
+
+# --------------------------------------------------------------------------------------------------
+# Games
+# --------------------------------------------------------------------------------------------------
+
+ROOMS = {  # kind of room: (receptacles it always has, receptacles to draw from)
+    "kitchen": (
+        "Fridge Microwave SinkBasin",
+        "CounterTop CounterTop Cabinet Cabinet Drawer Shelf DiningTable GarbageCan SideTable",
+    ),
+    "livingroom": (
+        "",
+        "Sofa ArmChair CoffeeTable SideTable Shelf Shelf Drawer Cabinet DiningTable GarbageCan Dresser",
+    ),
+    "bedroom": ("", "Bed Desk Desk Drawer Drawer Dresser Shelf SideTable GarbageCan ArmChair"),
+    "bathroom": (
+        "SinkBasin",
+        "CounterTop Cabinet Cabinet Drawer Toilet GarbageCan Shelf SideTable",
+    ),
+}
+ROOMS_OF = {  # task type: where it can be played
+    "pick_and_place_simple": ["kitchen", "livingroom", "bedroom", "bathroom"],
+    "look_at_obj_in_light": ["livingroom", "bedroom"],
+    "pick_clean_then_place_in_recep": ["kitchen"],
+    "pick_heat_then_place_in_recep": ["kitchen"],
+    "pick_cool_then_place_in_recep": ["kitchen"],
+    "pick_two_obj_and_place": ["kitchen", "livingroom", "bedroom"],
+}
+NEEDS = {  # task type: the trait its object must have
+    "pick_clean_then_place_in_recep": "Cleanable",
+    "pick_heat_then_place_in_recep": "Heatable",
+    "pick_cool_then_place_in_recep": "Coolable",
+}
+TRAITS = {
+    "Cleanable": "cleanable",
+    "Heatable": "heatable",
+    "Coolable": "coolable",
+    "Sliceable": "sliceable",
+}
+
+
+def make_game(task_type: str, rng: random.Random, number: int) -> tuple:
+    """One random solvable game -> (its folder under a split, the content of game.tw-pddl, of
+    traj_data.json).
+
+    A room of 6 to 9 receptacles, zero to three objects in each, written in the domain and grammar
+    of the alfworld package; the walkthrough is found by a planner that sees everything and proved
+    by playing it.
+    """
+    import alfworld.gen.constants as constants
+    from alfworld.gen.goal_library import gdict
+    from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+
+    holds = {  # receptacle type -> object types it can hold, without slices
+        r: sorted(o for o in objects if not o.endswith("Sliced"))
+        for r, objects in constants.VAL_RECEPTACLE_OBJECTS.items()
+    }
+    room = rng.choice(ROOMS_OF[task_type])
+    always, optional = (names.split() for names in ROOMS[room])
+    receptacles = always + rng.sample(optional, min(len(optional), rng.randint(6, 9) - len(always)))
+    kinds = sorted(set(receptacles))
+
+    # the task: an object type, where it must go, and for "look" the lamp
+    lamp = rng.choice(["DeskLamp", "FloorLamp"]) if task_type == "look_at_obj_in_light" else ""
+    fits = constants.VAL_ACTION_OBJECTS.get(NEEDS.get(task_type), None)
+    choices = [
+        (o, goal)
+        for goal in kinds
+        for o in holds[goal]
+        if (fits is None or o in fits) and any(o in holds[r] for r in kinds if r != goal)
+    ]
+    target, goal = rng.choice(choices)
+    elsewhere = [i for i, r in enumerate(receptacles) if r != goal and target in holds[r]]
+    copies = 2 if task_type == "pick_two_obj_and_place" else 1
+    placed = [(target, rng.choice(elsewhere)) for _ in range(copies)]
+    if lamp:
+        placed.append((lamp, rng.randrange(len(receptacles))))
+    for i, r in enumerate(receptacles):
+        others = [o for o in holds[r] if o != target]
+        placed += [(rng.choice(others), i) for _ in range(rng.randint(0, 3)) if others]
+
+    def identify(kind, suffix=""):  # an ALFRED-style id, Mug|+01.23|-00.45|+02.10
+        signs = rng.choices(["plus", "minus"], k=3)
+        where = [
+            f"_bar__{sign}_{rng.randint(0, 3):02d}_dot_{rng.randint(0, 99):02d}" for sign in signs
+        ]
+        return kind.removesuffix("Basin") + "".join(where) + suffix
+
+    r_ids = [identify(r, "_bar_" + r if r.endswith("Basin") else "") for r in receptacles]
+    o_ids = [identify(o) for o, _ in placed]
+    spots = [
+        f"loc_bar_{i}_bar_{rng.randint(1, 9)}_bar_{rng.randint(0, 3)}_bar_60"
+        for i in range(len(receptacles))
+    ]
+    start = "loc_bar_0_bar_0_bar_0_bar_30"
+    facts = [f"(atLocation agent1 {start})"]
+    for r, r_id, spot in zip(receptacles, r_ids, spots):
+        facts += [f"(receptacleType {r_id} {r}Type)", f"(receptacleAtLocation {r_id} {spot})"]
+        facts += [f"(openable {r_id})"] if r in constants.OPENABLE_CLASS_LIST else []
+    for (o, i), o_id in zip(placed, o_ids):
+        facts += [
+            f"(objectType {o_id} {o}Type)",
+            f"(inReceptacle {o_id} {r_ids[i]})",
+            f"(objectAtLocation {o_id} {spots[i]})",
+        ]
+        facts += [f"(toggleable {o_id})"] if o == lamp else [f"(pickupable {o_id})"]
+        facts += [f"({TRAITS[t]} {o_id})" for t in TRAITS if o in constants.VAL_ACTION_OBJECTS[t]]
+    object_kinds = sorted({o for o, _ in placed} | {target})
+    facts += [f"(canContain {r}Type {o}Type)" for r in kinds for o in object_kinds if o in holds[r]]
+    objects = {
+        "agent": ["agent1"],
+        "location": [start, *spots],
+        "receptacle": r_ids,
+        "object": o_ids,
+        "rtype": [f"{r}Type" for r in sorted({*kinds, "SinkBasin", "Microwave", "Fridge"})],
+        "otype": [f"{o}Type" for o in sorted({*object_kinds, "Knife", "ButterKnife"})],
+    }
+    declared = "\n".join(
+        f"    {name} - {kind}" for kind, names in objects.items() for name in names
+    )
+    wish = gdict[task_type]["pddl"].format(obj=target, recep=goal, toggle=lamp).replace("#", "-")
+    task = rng.choice(gdict[task_type]["templates"]).format(
+        obj=target.lower(), recep=goal.lower(), toggle=lamp.lower()
+    )
+    problem = (
+        f"(define (problem tiny_{number})\n(:domain alfred)\n(:objects\n{declared}\n)\n(:init\n    "
+    )
+    problem += "\n    ".join(facts) + f"\n)\n{wish}"
+    folder = f"{task_type}-{target}-None-{lamp or goal}-{number}/trial_T{number:08d}"
+    data = {
+        "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(),
+        "grammar": Path(ALFRED_TWL2_PATH).read_text().replace("UNKNOWN GOAL", task),
+        "pddl_problem": problem,
+        "solvable": True,
+    }
+    data["walkthrough"] = solve(envs.parse_game(data, f"{folder}/game.tw-pddl"))
+    params = {
+        "object_target": target,
+        "parent_target": "" if lamp else goal,
+        "toggle_target": lamp,
+        "mrecep_target": "",
+    }
+    trajectory = {
+        "task_type": task_type,
+        "task_id": folder,
+        "scene": {"floor_plan": room},
+        "pddl_params": params,
+    }
+    trajectory["pddl_params"]["object_sliced"] = False
+    trajectory["turk_annotations"] = {"anns": [{"task_desc": task}]}
+    return folder, data, trajectory
+
+
+def solve(game: envs.Game) -> list:
+    """The shortest natural solution, by someone who sees into every receptacle; proved by playing it."""
+    env, plan = envs.AlfWorld(game), []
+    obs = env.reset()
+    kind, target, place = game.goal
+
+    def do(action):
+        nonlocal obs
+        assert action in obs.admissible, f"{game.path}: {action!r} is not admissible"
+        plan.append(action)
+        obs = env.step(action)[0]
+
+    def go(r):  # stand at r with it open
+        if f"go to {game.name[r]}" in obs.admissible:
+            do(f"go to {game.name[r]}")
+        if f"open {game.name[r]}" in obs.admissible:
+            do(f"open {game.name[r]}")
+
+    whole = {o: r for r, objects in game.inside.items() for o in objects}
+    wanted = [
+        o for o in sorted(whole) if target in game.otype[o] and place not in game.rtype[whole[o]]
+    ]
+    goals = sorted(r for r in game.rtype if place in game.rtype[r])
+    for o in wanted[: 2 if kind == "pick2" else 1]:
+        go(whole[o])
+        do(f"take {game.name[o]} from {game.name[whole[o]]}")
+        if kind == "look":
+            lamp = next(o for o in sorted(whole) if place in game.otype[o])
+            go(whole[lamp])
+            do(f"use {game.name[lamp]}")
+            break
+        for verb, _, types in game.appliances:
+            if verb == kind:
+                appliance = next(r for r in sorted(game.rtype) if game.rtype[r] & types)
+                if f"go to {game.name[appliance]}" in obs.admissible:
+                    do(f"go to {game.name[appliance]}")
+                do(f"{verb} {game.name[o]} with {game.name[appliance]}")
+        go(goals[0])
+        do(f"move {game.name[o]} to {game.name[goals[0]]}")
+    assert env.won, f"{game.path}: the walkthrough does not win"
+    return plan
+
+
+def write_games(root: Path = GAMES, splits=SPLITS, seed: int = 0) -> Path:
+    """Write the splits that are missing under `root`; deterministic from the seed, no game in two splits."""
+    for split, count in splits.items():
+        folder = root / "json_2.1.1" / split
+        if len(list(folder.glob("*/*/game.tw-pddl"))) >= count:
+            continue
+        rng = random.Random(f"{seed} {split}")
+        types = list(ROOMS_OF)
+        for i in range(count):
+            number = i + 100_000 * list(SPLITS).index(split)
+            name, data, trajectory = make_game(types[i % len(types)], rng, number)
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / "traj_data.json").write_text(json.dumps(trajectory))
+            (folder / name / "game.tw-pddl").write_text(json.dumps(data))
+    return root
+
+
+# --------------------------------------------------------------------------------------------------
+# Demonstrations
+# --------------------------------------------------------------------------------------------------
+
+VERB_AT = {"sinkbasin": "clean", "microwave": "heat", "fridge": "cool"}
+CONDITIONS = {
+    "pick": ["the task is to put an object somewhere", "one object has to be put in a place"],
+    "look": [
+        "the task is to look at an object under a lamp",
+        "an object has to be examined with a lamp",
+    ],
+    "clean": ["the task asks for a clean object", "the object has to be clean"],
+    "heat": ["the task asks for a hot object", "the object has to be hot"],
+    "cool": ["the task asks for a cool object", "the object has to be cool"],
+    "pick2": ["the task asks for two objects", "two objects have to be put in one place"],
+}
+
+
+def strategy_text(kind, appliance=None, complete=True, search="") -> str:
+    """What an episode or a skill says to do; `follow` below reads it back."""
+    first = f"search the {search} first, " if search else ""
+    if appliance:
+        return f"{first}take the object to the {appliance} and {VERB_AT[appliance]} it there, then put it away"
+    if kind == "pick2" and complete:
+        return f"{first}put one object away, then find the second one and put it there too"
+    if kind == "look" and complete:
+        return f"{first}take the object, then go to the lamp and use it"
+    return f"{first}find the object, take it and put it in its place"
+
+
+def habits(kind, rng) -> dict:
+    """How the ignorant demonstrator goes about a task without advice: it guesses the appliance, it forgets the rest."""
+    appliance = rng.choice(list(VERB_AT)) if kind in ("clean", "heat", "cool") else None
+    return {"appliance": appliance, "complete": rng.random() < 0.4, "search": ""}
+
+
+def follow(strategies, habit, receptacles) -> dict:
+    """The demonstrator's plan after reading skills: the first one that speaks of an aspect decides it."""
+    plan = dict(habit, complete=False)
+    for strategy in reversed(strategies):
+        plan["complete"] |= "second" in strategy or "lamp" in strategy
+        for appliance in VERB_AT:
+            if f"to the {appliance} " in strategy:
+                plan["appliance"] = appliance
+        for kind in receptacles:
+            if f"search the {kind} first" in strategy:
+                plan["search"] = kind
+    return plan
+
+
+def demonstrate(env, plan, rng, max_steps=16):
+    """Play one episode by `plan` from what can be seen -> [(observation, thought, action)], whether
+    it was solved.
+
+    The search goes through the receptacles in the listed order from a random one, sometimes not
+    opening a closed one; an episode the demonstrator believes to be finished goes on with a few
+    idle looks.
+    """
+    obs, game = env.reset(), env.game
+    kind, target, place = (word.removesuffix("type") for word in game.goal)
+    placed, done, worked, used, opened, idle, steps = set(), False, False, False, set(), 0, []
+    ring = [a.removeprefix("go to ") for a in obs.admissible if a.startswith("go to ")]
+    at = rng.randrange(len(ring))
+    first = [r for r in ring if plan["search"] and r.startswith(plan["search"] + " ")]
+    kind_of = lambda name: name.rsplit(" ", 1)[0]  # noqa: E731
+
+    def travel(goal_kind):  # the next move towards a receptacle of that kind
+        goals = sorted(r for r in ring if kind_of(r) == goal_kind)
+        return f"go to {goals[0]}" if goals else "look"
+
+    here = None
+    while len(steps) < max_steps and idle < 3:
+        held = env.held and game.name[env.held]
+        act = None
+        offers = [a for a in obs.admissible if a.startswith(f"take {target} ")]
+        offers = [a for a in offers if a.split(" from ")[0] not in placed]
+        if done:
+            act, idle = "look", idle + 1
+        elif held is None:
+            if offers:
+                act = offers[0]
+            elif here and f"open {here}" in obs.admissible and here not in opened:
+                opened.add(here)
+                act = f"open {here}" if rng.random() < 0.9 else None
+            if act is None and first:
+                act = f"go to {first.pop(0)}"
+            elif act is None:
+                at = (at + 1) % len(ring)
+                act = (
+                    f"go to {ring[at]}"
+                    if ring[at] != here
+                    else f"go to {ring[(at + 1) % len(ring)]}"
+                )
+        elif kind == "look":
+            lamps = [a for a in obs.admissible if a.startswith("use ")]
+            if not plan["complete"]:
+                act, done = f"examine {held}", True
+            elif lamps:
+                act = lamps[0]
+            else:
+                at = (at + 1) % len(ring)
+                act = (
+                    f"go to {ring[at]}"
+                    if ring[at] != here
+                    else f"go to {ring[(at + 1) % len(ring)]}"
+                )
+        elif plan["appliance"] and not worked:
+            verbs = [a for a in obs.admissible if a.startswith(VERB_AT[plan["appliance"]] + " ")]
+            if verbs:
+                act, worked = verbs[0], True
+            elif here and kind_of(here) == plan["appliance"]:
+                act, worked = travel(place), True  # this object cannot be treated here
+            else:
+                act = travel(plan["appliance"])
+        else:
+            moves = [a for a in obs.admissible if a.startswith("move ")]
+            if here and kind_of(here) == place and moves:
+                act = moves[0]
+                placed.add(f"take {held}")
+                done = not (kind == "pick2" and plan["complete"] and len(placed) < 2)
+                worked = False
+            elif here and kind_of(here) == place and f"open {here}" in obs.admissible:
+                act = f"open {here}"
+            else:
+                act = travel(place)
+        if rng.random() < 0.04:
+            act = rng.choice(obs.admissible)
+        if act not in obs.admissible:
+            act = "look"
+        steps.append((obs, f"I hold a {target}" if held else f"I need a {target}", act))
+        if act.startswith("go to "):
+            here = act.removeprefix("go to ")
+            at = ring.index(here)
+        obs, _, won, _ = env.step(act)
+        if won:
+            return steps, True
+    return steps, False
+
+
+def lessons(count, seed):
+    """`count` (prompt, response) pairs for imitation: half plain, a third under skills, the rest summaries."""
+    rng = random.Random(f"{seed} lessons")
+    types, pairs, number = list(ROOMS_OF), [], 500_000
+    while len(pairs) < count:
+        task_type = types[number % len(types)]
+        folder, data, _ = make_game(task_type, rng, number)
+        number += 1
+        game = envs.parse_game(data, f"{folder}/game.tw-pddl")
+        kind, receptacles = (
+            game.goal[0],
+            sorted({game.name[r].rsplit(" ", 1)[0] for r in game.rtype}),
+        )
+        for with_skill in (False, True):
+            plan, skills = habits(kind, rng), []
+            if with_skill:
+                for _ in range(rng.choice([1, 1, 2])):
+                    advice = habits(kind, rng)
+                    search = rng.choice(receptacles) if rng.random() < 0.4 else ""
+                    text = strategy_text(kind, advice["appliance"], rng.random() < 0.7, search)
+                    skills.append((rng.choice(CONDITIONS[kind]), text))
+                plan = follow([strategy for _, strategy in skills], plan, receptacles)
+            steps, _ = demonstrate(envs.AlfWorld(game), plan, rng)
+            history = []
+            for obs, thought, action in steps:
+                answer = f"<think>{thought}</think><action>{action}</action>"
+                searching = thought.startswith("I need") and action.startswith(("go to", "open"))
+                if not searching or rng.random() < 0.5:  # the long search would drown the rest
+                    pairs.append((envs.build_prompt(obs, history, skills), answer))
+                history.append((obs.text, action))
+            if rng.random() < 0.5:
+                used = next(
+                    (a.split(" with ")[1].rsplit(" ", 1)[0] for _, a in history if " with " in a),
+                    None,
+                )
+                finished = sum(a.startswith("move ") for _, a in history) > 1 or any(
+                    a.startswith("use ") for _, a in history
+                )
+                found = next(
+                    (
+                        a.split(" from ")[1].rsplit(" ", 1)[0]
+                        for _, a in history
+                        if a.startswith("take ")
+                    ),
+                    "",
+                )
+                summary = {
+                    "condition": rng.choice(CONDITIONS[kind]),
+                    "strategy": strategy_text(
+                        kind, used, finished, found if rng.random() < 0.4 else ""
+                    ),
+                }
+                pairs.append(
+                    (
+                        envs.build_mining_prompt(game.task, kind, history, obs_chars=60),
+                        json.dumps(summary),
+                    )
+                )
+    return pairs[:count]
+
+
+# --------------------------------------------------------------------------------------------------
+# The policy
+# --------------------------------------------------------------------------------------------------
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def train_tokenizer(texts):
+    """A byte-level BPE whose chunks are words, numbers and runs of punctuation: any text round-trips exactly."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    chunks = Regex(r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9]+?(?= ?[A-Za-z0-9]|$)")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(chunks, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=896,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tags = ["<think>", "</think>", "<action>", "</action>"]
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def train_policy(out: Path, seed=0, count=120_000, lr=2e-3, rows=32, hidden=128, layers=4):
+    """Imitation: next-token loss on the responses of `count` lessons, one pass, cosine learning rate. Saves HF format."""
+    import torch
+    import torch.nn.functional as F
+    from tqdm import tqdm
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    pairs = lessons(count, seed)
+    tokenizer = train_tokenizer([prompt + answer for prompt, answer in pairs[:20_000]])
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    model = Qwen2ForCausalLM(config)
+    encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
+    chat = lambda p: [{"role": "user", "content": p}]  # noqa: E731
+    prompts = encode(
+        [
+            tokenizer.apply_chat_template(chat(p), tokenize=False, add_generation_prompt=True)
+            for p, _ in pairs
+        ]
+    )
+    answers = [ids + [tokenizer.eos_token_id] for ids in encode([answer for _, answer in pairs])]
+    lengths = [len(p) for p in prompts]
+    print(
+        f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {count} lessons of {sum(lengths) / count:.0f} tokens"
+    )
+
+    held_out = range(count - 512, count)
+    order = list(range(count - 512))
+    random.Random(seed).shuffle(order)
+    chunks = [
+        sorted(order[i : i + 16 * rows], key=lengths.__getitem__)
+        for i in range(0, len(order), 16 * rows)
+    ]
+    batches = [chunk[i : i + rows] for chunk in chunks for i in range(0, len(chunk), rows)]
+    random.Random(seed).shuffle(batches)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=len(batches), pct_start=0.03
+    )
+
+    def loss_on(batch):
+        """Next-token loss on the responses, and on the prompts -> two scalars."""
+        rows_ids = [torch.tensor(prompts[i] + answers[i]) for i in batch]
+        ids = torch.nn.utils.rnn.pad_sequence(rows_ids, True, tokenizer.pad_token_id)  # [B, L]
+        at = torch.arange(1, ids.shape[1])[None]  # right padding needs no attention mask
+        start = torch.tensor([len(prompts[i]) for i in batch])[:, None]
+        end = torch.tensor([len(row) for row in rows_ids])[:, None]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, L - 1, V]
+        losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # [B, L - 1]
+        response, prompt = (at >= start) & (at < end), at < start
+        return losses[response].mean(), losses[prompt].mean()
+
+    bar = tqdm(batches, desc="imitation", unit="batch")
+    for batch in bar:
+        loss, prompt_loss = loss_on(batch)
+        optimizer.zero_grad()
+        (loss + prompt_loss).backward()  # the prompts teach it to copy names, which the responses need
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", prompt_loss=f"{prompt_loss.item():.3f}")
+    with torch.no_grad():
+        final = sum(loss_on(held_out[i : i + 64])[0].item() for i in range(0, 512, 64)) / 8
+    print(f"held-out loss {final:.3f} nats a token -> {out}")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return final
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    games = commands.add_parser("games", help="write the generated games")
+    games.add_argument("--root", type=Path, default=GAMES)
+    games.add_argument("--seed", type=int, default=0)
+    train = commands.add_parser("train", help="train the tiny policy and its tokenizer")
+    train.add_argument("--out", type=Path, default=POLICY)
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--count", type=int, default=120_000, help="lessons to learn from")
+    train.add_argument("--layers", type=int, default=4)
+    train.add_argument("--hidden", type=int, default=128)
+    args = parser.parse_args()
+    if args.command == "games":
+        print(f"games in {write_games(args.root, seed=args.seed)}")
+    else:
+        train_policy(args.out, args.seed, args.count, hidden=args.hidden, layers=args.layers)
+
+
+if __name__ == "__main__":
+    main()
