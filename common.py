@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,75 +50,48 @@ def flag(default, help):
 
 @dataclass
 class Config:
-    """Defaults are the 7B numbers of the GiGPO paper and code; a preset overrides them; a flag overrides both."""
+    """Defaults are the 7B numbers of the GiGPO paper and code; a preset, then a flag, overrides."""
 
-    preset: str = flag(
-        "tiny", "which set of defaults to start from: tiny, alfworld-7b, alfworld-1.5b"
-    )
+    preset: str = flag("tiny", "set of defaults to start from: tiny, alfworld-7b, alfworld-1.5b")
     run: str = flag("tiny", "name of the run; everything is written under runs/<run>/")
     seed: int = flag(0, "seed of tasks, sampling and shuffling")
     # the world
     env: str = flag("alfworld", "the world")
-    engine: str = flag(
-        "fast",
-        "fast: the plain-Python engine; textworld: the stock alfworld package (50 ms a step)",
-    )
-    data: str = flag(
-        "", "folder that holds json_2.1.1; empty: $ALFWORLD_DATA, then ~/.cache/alfworld"
-    )
+    engine: str = flag("fast", "fast: plain Python; textworld: the stock package (50 ms a step)")
+    data: str = flag("", "folder of json_2.1.1; empty: $ALFWORLD_DATA, then ~/.cache/alfworld")
     split: str = flag("train", "split the tasks are drawn from")
     max_steps: int = flag(50, "an episode ends, unsolved, after this many steps")
     history: int = flag(2, "how many past (observation, action) pairs the prompt repeats")
     # the policy
-    model: str = flag(
-        "Qwen/Qwen2.5-7B-Instruct", "initial policy and KL reference: a hub name or a local folder"
-    )
+    model: str = flag("Qwen/Qwen2.5-7B-Instruct", "initial policy: a folder or a hub name")
     dtype: str = flag("bfloat16", "dtype of the weights: float32 or bfloat16")
     device: str = flag("", "cuda or cpu; empty: cuda when there is one")
-    gradient_checkpointing: bool = flag(
-        True, "recompute activations in the backward pass to save memory"
-    )
+    gradient_checkpointing: bool = flag(True, "recompute activations in backward to save memory")
     # rollout
     tasks: int = flag(16, "tasks (groups) per iteration")
     group_size: int = flag(8, "episodes per task; in phases 1 and 2 half of them carry the skills")
     temperature: float = flag(1.0, "sampling temperature of training rollouts")
-    max_prompt_tokens: int = flag(
-        3072, "longest prompt; the history is shortened to fit, then it is an error"
-    )
+    max_prompt_tokens: int = flag(3072, "longest prompt; history is dropped to fit, then an error")
     max_response_tokens: int = flag(512, "longest response")
     generation_rows: int = flag(128, "rows decoded together")
     # credit: GiGPO
-    success_reward: float = flag(
-        10.0, "reward of the step that solves the task; every other step gets 0"
-    )
+    success_reward: float = flag(10.0, "reward of the step that solves the task; others get 0")
     invalid_penalty: float = flag(0.1, "taken off the row of a malformed response")
     gamma: float = flag(0.95, "discount of the step returns")
     step_weight: float = flag(1.0, "weight of the step advantage; 0 is GRPO")
-    normalize_std: bool = flag(
-        True, "divide advantages by the standard deviation (ALFWorld) or not (WebShop)"
-    )
-    baseline: str = flag(
-        "steps",
-        "episode baseline over step rows (verl-agent's code) or over episodes (GiGPO Eq. 3)",
-    )
+    normalize_std: bool = flag(True, "divide advantages by the standard deviation")
+    baseline: str = flag("steps", "mean and std over steps (verl-agent) or episodes (GiGPO Eq. 3)")
     # objective and optimizer
     clip: float = flag(0.2, "PPO clip range of the ratio")
     dual_clip: float = flag(3.0, "bound of the loss where the advantage is negative")
-    kl_coef: float = flag(
-        0.01,
-        "beta: weight of the k3 KL to the frozen initial policy; 0: the reference is never loaded",
-    )
+    kl_coef: float = flag(0.01, "beta of the k3 KL to the initial policy; 0: it is never loaded")
     entropy_coef: float = flag(0.001, "weight of the entropy bonus")
     lr: float = flag(1e-6, "AdamW learning rate, constant")
     weight_decay: float = flag(0.01, "AdamW weight decay")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     minibatch_rows: int = flag(256, "rows per optimizer step")
-    micro_tokens: int = flag(
-        16384, "tokens per forward-backward, padding included; lower it when memory runs out"
-    )
-    skip_zero_rows: bool = flag(
-        True, "leave out rows whose advantage is zero (they only carry KL); see deviations"
-    )
+    micro_tokens: int = flag(16384, "tokens per forward-backward; lower it when memory runs out")
+    skip_zero_rows: bool = flag(True, "leave out rows with advantage 0, which only carry KL")
     # phase 0
     n_req: int = flag(512, "N_req: successful plain episodes to collect before mining starts")
     warmup_iterations: int = flag(40, "phase 0 ends after this many iterations even below n_req")
@@ -130,67 +103,37 @@ class Config:
     top_k: int = flag(3, "skills in a prompt, at most; at most one of them a candidate")
     ema: float = flag(0.3, "alpha of u <- (1 - alpha) u + alpha Delta_g")
     n_eval: int = flag(4, "N_eval: evaluations before a skill is promoted or retired")
-    active_above: float = flag(
-        0.05, "a candidate becomes active when its utility exceeds this, in success rate"
-    )
+    active_above: float = flag(0.05, "a candidate with a utility above this becomes active")
     # phase 2
     distill_iterations: int = flag(85, "iterations of phase 2")
     lambda_max: float = flag(0.1, "largest weight of the internalization loss; 0 switches it off")
     lambda_iterations: int = flag(10, "iterations over which lambda rises linearly to lambda_max")
     advantage_clip: float = flag(1.0, "c: internalization weights are clipped to [0, c]")
     # housekeeping
-    save_every: int = flag(
-        5, "iterations between two saves; an interrupted phase goes on from the last one"
-    )
+    save_every: int = flag(5, "iterations between saves; a stopped phase goes on from the last")
     samples: int = flag(2, "episodes written out readably in each iteration")
 
 
 PRESETS = {
     "alfworld-7b": {"run": "alfworld-7b"},
     "alfworld-1.5b": {"run": "alfworld-1.5b", "model": "Qwen/Qwen2.5-1.5B-Instruct"},
-    # the embedded default: generated games, a policy of 0.7M parameters, minutes on 2 cores
-    # (tiny.py)
-    "tiny": {
-        "data": "runs/tiny-games",
-        "model": "tiny",
-        "dtype": "float32",
-        "gradient_checkpointing": False,
-        "max_steps": 20,
-        "tasks": 8,
-        "max_prompt_tokens": 1024,
-        "max_response_tokens": 64,
-        "generation_rows": 64,
-        "lr": 3e-4,
-        "minibatch_rows": 128,
-        "micro_tokens": 8192,
-        "kl_coef": 0.003,
-        "n_req": 160,
-        "warmup_iterations": 12,
-        "mine_iterations": 10,
-        "mine_every": 3,
-        "mine_obs_chars": 60,
-        "distill_iterations": 12,
-        "lambda_iterations": 4,
-    },
-}
-SAME = (
-    "preset",
-    "env",
-    "engine",
-    "data",
-    "model",
-    "seed",
-    "history",
-)  # may not change between the phases of a run
+    # the embedded default (tiny.py): generated games, 0.7M parameters, minutes on 2 cores
+    "tiny": dict(
+        data="runs/tiny-games", model="tiny", dtype="float32", gradient_checkpointing=False,
+        tasks=8, max_steps=20, max_prompt_tokens=1024, max_response_tokens=64, generation_rows=64,
+        lr=3e-4, kl_coef=0.003, minibatch_rows=128, micro_tokens=8192, mine_obs_chars=60,
+        n_req=160, warmup_iterations=12, mine_iterations=10, mine_every=3, distill_iterations=12,
+        lambda_iterations=4,
+    ),
+}  # fmt: skip
+SAME = ("preset", "env", "engine", "data", "model", "seed", "history")  # in all phases of a run
 
 
 def parse_config(phase: str, doc: str, extra=None):
-    """Flags -> Config (or (Config, extra dataclass)). Precedence: flag, the run's config.json,
-    preset, default.
+    """Flags -> Config, or (Config, extra dataclass).
 
-    phase     "warmup" writes a new run; the others start from the run's config.json, so flags need
-              not be repeated UserError for an unknown flag, an unknown preset, or a value that the
-              run was not made with.
+    Precedence: flag, the run's config.json (for the phases after warmup), preset, default.
+    UserError for an unknown flag or preset, or a value of SAME that the run was not made with.
     """
     parser = HfArgumentParser([Config, extra] if extra else [Config], description=doc)
     known = {name for action in parser._actions for name in action.option_strings}
@@ -198,34 +141,27 @@ def parse_config(phase: str, doc: str, extra=None):
         name = word.split("=")[0]
         if name.startswith("--") and name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            raise UserError(
-                f"unknown flag {name}"
-                + (f", did you mean {close[0]}?" if close else "")
-                + " See --help"
-            )
+            hint = f"did you mean {close[0]}?" if close else "see --help"
+            raise UserError(f"unknown flag {name}: {hint}")
     first, _ = parser.parse_known_args()
     if first.preset not in PRESETS:
         raise UserError(f"--preset {first.preset}: choose one of {', '.join(PRESETS)}")
     parser.set_defaults(**PRESETS[first.preset])
     run = Path("runs") / parser.parse_known_args()[0].run
-    saved = json.loads((run / "config.json").read_text()) if (run / "config.json").exists() else {}
-    if phase != "warmup" and saved:
-        parser.set_defaults(**{k: v for k, v in saved.items() if k in known_fields()})
-    try:
-        config, *rest = parser.parse_args_into_dataclasses()
-    except ValueError as error:
-        raise UserError(f"{error}; see --help") from None
-    for name in (SAME if phase != "warmup" else known_fields()) if saved else ():
-        if name in saved and saved[name] != getattr(config, name):
-            raise UserError(
-                f"{run} was made with --{name} {saved[name]}, not {getattr(config, name)}; "
-                f"choose another --run, or delete the folder"
-            )
+    saved = {}
+    if phase != "warmup" and (run / "config.json").exists():
+        saved = json.loads((run / "config.json").read_text())
+        parser.set_defaults(**saved)
+    config, *rest = parser.parse_args_into_dataclasses()
+    for name in SAME if saved else ():
+        if saved[name] != getattr(config, name):
+            raise other_config(run, name, saved[name], getattr(config, name))
     return (config, *rest) if extra else config
 
 
-def known_fields():
-    return [f.name for f in fields(Config)]
+def other_config(folder, name, old, new) -> UserError:
+    remedy = "choose another --run, or delete the folder"
+    return UserError(f"{folder} was made with --{name} {old}, not {new}; {remedy}")
 
 
 def set_up(config: Config):
@@ -244,7 +180,7 @@ def set_up(config: Config):
 
 
 def run_script(main):
-    """Run a script's main; a UserError becomes one line and exit code 2, Ctrl-C one line and 130."""
+    """Run a script's main; a UserError becomes one line and exit code 2, Ctrl-C one and 130."""
     try:
         main()
     except UserError as error:
@@ -261,7 +197,7 @@ def run_script(main):
 
 
 def load_policy(path, config: Config, device, trainable=True):
-    """Hub name or folder -> (model, tokenizer). "tiny" is the policy that ships with this project."""
+    """Hub name or folder -> (model, tokenizer). "tiny" is the policy shipped with this project."""
     if str(path) == "tiny":
         import tiny
 
@@ -269,7 +205,7 @@ def load_policy(path, config: Config, device, trainable=True):
     local = Path(path).exists()
     if not local and (str(path).count("/") != 1 or str(path).startswith((".", "/", "runs/"))):
         raise UserError(
-            f"{path}: no such model folder; give --model a folder in Hugging Face format or a hub name"
+            f"{path}: no such model folder; give --model a folder in HF format or a hub name"
         )
     try:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
@@ -290,8 +226,20 @@ def load_policy(path, config: Config, device, trainable=True):
     return model.eval(), tokenizer  # no dropout in training either: ratios start at exactly 1
 
 
-def make_optimizer(model, config: Config):
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+def load_reference(config: Config, device):
+    """The frozen policy before phase 0, or None when its KL has no weight."""
+    return load_policy(config.model, config, device, trainable=False)[0] if config.kl_coef else None
+
+
+def make_optimizer(model, config: Config, state=None):
+    """AdamW; it goes on from `state`, through the phases too."""
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=decay)
+    if state:
+        optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:  # but with the flags of this phase
+            group.update(lr=config.lr, weight_decay=decay)
+    return optimizer
 
 
 def encode_prompts(tokenizer, prompts) -> list:
@@ -341,9 +289,7 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed, ro
         ids = torch.full((len(batch), width), pad)
         mask = torch.zeros(len(batch), width + max_new_tokens, dtype=torch.long)
         for row, i in enumerate(batch):
-            ids[row, width - len(prompts[i]) :] = torch.tensor(
-                prompts[i]
-            )  # left padding: all rows end together
+            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])  # left padding
             mask[row, width - len(prompts[i]) :] = 1
         ids, mask = ids.to(device), mask.to(device)
         positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)  # [B, width]
@@ -351,13 +297,9 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed, ro
         cache, tokens, logprobs = None, [], []
         for t in range(max_new_tokens):
             out = model(
-                input_ids=ids,
-                attention_mask=mask[:, : width + t],
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+                input_ids=ids, attention_mask=mask[:, : width + t], position_ids=positions,
+                past_key_values=cache, use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
             cache = out.past_key_values
             scores = (out.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [B, V]
             if temperature == 0:
@@ -374,12 +316,10 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed, ro
         tokens, logprobs = torch.stack(tokens, 1), torch.stack(logprobs, 1)  # [B, T]
         is_end = torch.isin(tokens, ends)
         lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1]).tolist()
-        texts = tokenizer.batch_decode(
-            [row[:n] for row, n in zip(tokens.tolist(), lengths)], skip_special_tokens=True
-        )
-        for row, i in enumerate(batch):
-            n = lengths[row]
-            results[i] = (tokens[row, :n].tolist(), logprobs[row, :n].tolist(), texts[row])
+        for row, (i, n) in enumerate(zip(batch, lengths)):
+            sampled = tokens[row, :n].tolist()
+            text = tokenizer.decode(sampled, skip_special_tokens=True)
+            results[i] = (sampled, logprobs[row, :n].tolist(), text)
     return results
 
 
@@ -390,7 +330,7 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed, ro
 
 @dataclass
 class Step:
-    """One step of an episode, which is one training row. Both prompts are kept, so phase 2 needs no generation."""
+    """One step of an episode: one training row. Both prompts are kept for phase 2."""
 
     obs: str  # the raw observation: GiGPO's anchor state
     plain_ids: list  # token ids of the plain prompt x_t
@@ -399,8 +339,8 @@ class Step:
     response_ids: list
     logprobs: list  # of the response tokens, at sampling time
     action: str
-    valid: bool
-    reward: float = 0.0
+    valid: bool  # the response was well-formed
+    reward: float
 
 
 @dataclass
@@ -416,71 +356,52 @@ class Episode:
 
 
 def plan_rollouts(
-    items, config: Config, bank=None, statuses=("candidate", "active"), members=None, skilled=None
+    items, config, bank=None, statuses=("candidate", "active"), members=None, skilled=None
 ) -> list:
-    """Items -> [(item, group, skills)]: `members` (group_size) each, of which `skilled` (half)
-    carry retrieved skills.
+    """Items -> [(item, group, skills)]: `members` of each, by default half of them with skills.
 
-    A group whose bucket has no skill is all plain. The same item is the same game in the same
-    initial state, so the two halves differ in the skill block alone (method 5.4).
+    A group whose bucket has no skill is all plain. An item is the same game in the same initial
+    state for all, so the two halves differ in the skill block alone (method 5.4).
     """
     members = config.group_size if members is None else members
     skilled = members // 2 if skilled is None else skilled
     if members < 1 or not items:
-        raise UserError(
-            "an empty group: --tasks and --group_size must be at least 1, and the split must have items"
-        )
+        raise UserError("an empty group: --tasks and --group_size must be 1 at least")
     plan = []
     for number, item in enumerate(items):
-        env = envs.make_env(config.env, item, config.engine)
-        obs = env.reset()
-        skills = (
-            tuple(bank.retrieve(obs.task, obs.task_type, config.top_k, statuses)) if bank else ()
-        )
-        plan += [
-            (item, f"{number}:{item}", skills if member < skilled else ())
-            for member in range(members)
-        ]
+        skills = ()
+        if bank:
+            obs = envs.make_env(config.env, item, config.engine).reset()
+            skills = tuple(bank.retrieve(obs.task, obs.task_type, config.top_k, statuses))
+        for member in range(members):
+            plan.append((item, f"{number}:{item}", skills if member < skilled else ()))
     return plan
 
 
-def rollout(model, tokenizer, config: Config, plan, *, temperature, seed, desc="rollout") -> list:
-    """Play every (item, group, skills) of `plan` to its end -> [Episode]. Finished episodes leave the batch."""
+def rollout(model, tokenizer, config, plan, *, temperature, seed, desc="rollout") -> list:
+    """Play every (item, group, skills) of `plan` to its end -> [Episode].
+
+    All games run in this process, one step of each at a time; finished ones leave the batch.
+    """
     games = [envs.make_env(config.env, item, config.engine) for item, _, _ in plan]
     states = [game.reset() for game in games]
-    episodes = [
-        Episode(item, group, obs.task, obs.task_type, skills)
-        for (item, group, skills), obs in zip(plan, states)
-    ]
+    episodes = [Episode(*p[:2], o.task, o.task_type, p[2]) for p, o in zip(plan, states)]
     running, tokens, start = list(range(len(plan))), 0, time.time()
     bar = tqdm(total=len(plan), desc=desc, unit="episode", leave=False)
     for t in range(config.max_steps):
         prompts = fit_prompts(tokenizer, config, [(episodes[i], states[i]) for i in running])
         answers = generate(
-            model,
-            tokenizer,
-            [used for _, used in prompts],
-            max_new_tokens=config.max_response_tokens,
-            temperature=temperature,
-            seed=seed * 1000 + t,
+            model, tokenizer, [used for _, used in prompts], temperature=temperature,
+            max_new_tokens=config.max_response_tokens, seed=1000 * seed + t,
             rows=config.generation_rows,
-        )
+        )  # fmt: skip
         still = []
         for i, (plain, used), (ids, logprobs, text) in zip(running, prompts, answers):
-            episode, obs = episodes[i], states[i]
+            episode, obs = episodes[i], states[i].text
             action, valid = envs.parse_action(text)
             states[i], reward, done, info = games[i].step(action)
-            step = Step(
-                obs.text,
-                plain,
-                used,
-                text,
-                ids,
-                logprobs,
-                action,
-                valid,
-                reward * config.success_reward,
-            )
+            reward *= config.success_reward
+            step = Step(obs, plain, used, text, ids, logprobs, action, valid, reward)
             episode.steps.append(step)
             episode.success, episode.score = info["success"], info["score"]
             tokens += len(ids)
@@ -488,10 +409,10 @@ def rollout(model, tokenizer, config: Config, plan, *, temperature, seed, desc="
                 still.append(i)
         bar.update(len(running) - len(still))
         running = still
+        invalid = np.mean([not s.valid for e in episodes for s in e.steps])
         bar.set_postfix_str(
             f"step {t + 1}, success {np.mean([e.success for e in episodes]):.2f}, "
-            f"invalid {np.mean([not s.valid for e in episodes for s in e.steps]):.2f}, "
-            f"{tokens / (time.time() - start):.0f} tokens/s"
+            f"invalid {invalid:.2f}, {tokens / (time.time() - start):.0f} tokens/s"
         )
         if not running:
             break
@@ -499,40 +420,33 @@ def rollout(model, tokenizer, config: Config, plan, *, temperature, seed, desc="
     return episodes
 
 
-def fit_prompts(tokenizer, config: Config, pairs) -> list:
-    """[(episode, observation)] -> [(plain ids, ids of the prompt to use)], each at most
-    `max_prompt_tokens` long.
+def fit_prompts(tokenizer, config, pairs) -> list:
+    """[(episode, observation)] -> [(ids of the plain prompt, ids of the prompt to use)].
 
-    A prompt that is too long loses history, oldest first; one that is too long without any is a
-    UserError.
+    A prompt longer than `max_prompt_tokens` loses history, oldest first; UserError if that is not
+    enough.
     """
-    texts = []
-    for episode, obs in pairs:
-        past = [(step.obs, step.action) for step in episode.steps]
-        skills = [(skill.condition, skill.strategy) for skill in episode.skills]
-        texts.append((obs, past, skills))
-    plain = encode_prompts(
-        tokenizer, [envs.build_prompt(obs, past, (), config.history) for obs, past, _ in texts]
-    )
-    used = encode_prompts(
-        tokenizer,
-        [envs.build_prompt(obs, past, skills, config.history) for obs, past, skills in texts],
-    )
-    result = []
-    for (episode, _), (obs, past, skills), short, long in zip(pairs, texts, plain, used):
-        keep = config.history
-        while len(long) > config.max_prompt_tokens or len(short) > config.max_prompt_tokens:
-            keep -= 1
-            if keep < 0:
-                raise UserError(
-                    f"{episode.item}: the prompt of step {len(past) + 1} needs {len(long)} tokens even without history, "
-                    f"--max_prompt_tokens is {config.max_prompt_tokens}; raise it"
-                )
-            short, long = encode_prompts(
-                tokenizer, [envs.build_prompt(obs, past, s, keep) for s in ((), skills)]
+
+    def encode(keep, chosen):  # plain and used prompt of each pair, with `keep` steps of history
+        prompts = []
+        for episode, obs in chosen:
+            past = [(step.obs, step.action) for step in episode.steps]
+            skills = [(skill.condition, skill.strategy) for skill in episode.skills]
+            prompts += [envs.build_prompt(obs, past, s, keep) for s in ((), skills)]
+        ids = encode_prompts(tokenizer, prompts)
+        return list(zip(ids[::2], ids[1::2]))
+
+    fitted = encode(config.history, pairs)
+    for i, pair in enumerate(pairs):
+        for keep in reversed(range(config.history)):
+            if max(map(len, fitted[i])) > config.max_prompt_tokens:
+                (fitted[i],) = encode(keep, [pair])
+        if (longest := max(map(len, fitted[i]))) > config.max_prompt_tokens:
+            raise UserError(
+                f"{pair[0].item}: the prompt of step {len(pair[0].steps) + 1} without history has "
+                f"{longest} tokens; raise --max_prompt_tokens ({config.max_prompt_tokens} now)"
             )
-        result.append((short, long))
-    return result
+    return fitted
 
 
 # --------------------------------------------------------------------------------------------------
@@ -541,40 +455,32 @@ def fit_prompts(tokenizer, config: Config, pairs) -> list:
 
 
 def gigpo_advantages(
-    groups,
-    rewards,
-    anchors,
-    *,
-    gamma=0.95,
-    step_weight=1.0,
-    normalize_std=True,
-    baseline="steps",
-    penalties=None,
-) -> list:
-    """Group-in-group advantages, A = A_E + w A_S (GiGPO, arXiv 2505.10978, Eq. 3-8; verl-agent's
-    arithmetic).
+    groups, rewards, anchors, *, gamma=0.95, step_weight=1.0, normalize_std=True,
+    baseline="steps", penalties=None,
+) -> list:  # fmt: skip
+    """Group-in-group advantages A = A_E + w A_S (GiGPO, arXiv 2505.10978, Eq. 3-8).
 
-    | argument  | per          | meaning                                                            |
-    |-----------|--------------|--------------------------------------------------------------------|
-    | groups    | episode      | hashable: the task instance                                        |
-    | rewards   | episode, [T] | raw environment reward of each step                                |
-    | anchors   | episode, [T] | hashable anchor state (raw observation) of each step               |
-    | penalties | episode, [T] | >= 0, taken off that row's episode score and step return only      |
-    | baseline  |              | "steps": mean and std over the rows of a group (verl-agent's code,  |
-    |           |              | long episodes weigh more); "episodes": over its episodes (Eq. 3)    |
+    | argument  | per          | meaning                                                          |
+    |-----------|--------------|------------------------------------------------------------------|
+    | groups    | episode      | hashable: the task instance                                      |
+    | rewards   | episode, [T] | raw environment reward of each step                              |
+    | anchors   | episode, [T] | hashable anchor state (raw observation) of each step             |
+    | penalties | episode, [T] | >= 0, off that row's episode score and step return, no further   |
+    | baseline  |              | "steps": mean and std over a group's rows, so long episodes weigh |
+    |           |              | more (verl-agent's code); "episodes": over its episodes (Eq. 3)  |
 
-    Returns one array [T] per episode. Std is unbiased with eps 1e-6; a group of one row has mean 0
-    and std 1, an anchor group of one row has step advantage 0; step_weight=0 is GRPO.
+    Returns one array [T] per episode, in verl-agent's arithmetic: unbiased std, eps 1e-6; a group
+    of one row has mean 0 and std 1, an anchor group of one row advantage 0. step_weight=0 is GRPO.
 
     Two episodes of one task, the first solved (10) in two steps, the second not (0), both from the
     state "hall":
 
-    >>> gigpo_advantages(["g", "g"], [[0, 10], [0]], [["hall", "desk"], ["hall"]], gamma=0.5,
-    normalize_std=False) [array([5.83333333, 3.33333333]), array([-9.16666667])]
+    >>> gigpo_advantages(["g", "g"], [[0, 10], [0]], [["hall", "desk"], ["hall"]],
+    ...                  gamma=0.5, normalize_std=False)
+    [array([5.83333333, 3.33333333]), array([-9.16666667])]
 
-    Rows score 10, 10, 0 with mean 6.67, so A_E = 3.33, 3.33, -6.67. Step returns are 5 and 10, and
-    0. The state "hall" was visited twice (returns 5 and 0, mean 2.5: A_S = 2.5 and -2.5), "desk"
-    once (A_S = 0).
+    Rows score 10, 10, 0, mean 6.67: A_E = 3.33, 3.33, -6.67. Step returns are 5, 10 and 0. The
+    state "hall" was met twice (returns 5 and 0, mean 2.5: A_S = 2.5, -2.5), "desk" once (A_S = 0).
     """
     penalties = penalties or [np.zeros(len(r)) for r in rewards]
     scores = [sum(r) - np.asarray(p, float) for r, p in zip(rewards, penalties)]  # S of every row
@@ -586,6 +492,9 @@ def gigpo_advantages(
             backwards.append(tail)
         step_returns.append(np.array(backwards[::-1]) - np.asarray(p, float))
 
+    def mean_std(x):
+        return np.mean(x), np.std(x, ddof=1)
+
     def scale(deviation, std):
         return deviation / (std + 1e-6) if normalize_std else deviation
 
@@ -593,31 +502,24 @@ def gigpo_advantages(
     samples = defaultdict(list)
     for group, r, score in zip(groups, rewards, scores):
         samples[group] += list(score) if baseline == "steps" else [float(sum(r))]
-    stats = {
-        g: (np.mean(x), np.std(x, ddof=1)) if len(x) > 1 else (0.0, 1.0) for g, x in samples.items()
-    }
-    advantages = [
-        scale(score - stats[group][0], stats[group][1]) for group, score in zip(groups, scores)
-    ]
+    stats = {g: mean_std(x) if len(x) > 1 else (0.0, 1.0) for g, x in samples.items()}
+    advantages = [scale(score - stats[g][0], stats[g][1]) for g, score in zip(groups, scores)]
 
-    # A_S: how good the step was among those from the same state of the same task (Eq. 7); A = A_E +
-    # w A_S (Eq. 8)
+    # A_S: how good the step was among those from the same state of the same task (Eq. 7)
     samples = defaultdict(list)
     for group, states, step_return in zip(groups, anchors, step_returns):
         for state, value in zip(states, step_return):
             samples[group, state].append(value)
-    stats = {
-        key: (np.mean(x), np.std(x, ddof=1) if len(x) > 1 else 1.0) for key, x in samples.items()
-    }
+    stats = {key: mean_std(x) if len(x) > 1 else (x[0], 1.0) for key, x in samples.items()}
     for i, (group, states) in enumerate(zip(groups, anchors)):
         for t, state in enumerate(states):
             mean, std = stats[group, state]
-            advantages[i][t] += step_weight * scale(step_returns[i][t] - mean, std)
+            advantages[i][t] += step_weight * scale(step_returns[i][t] - mean, std)  # Eq. 8
     return advantages
 
 
-def episode_advantages(episodes, config: Config) -> list:
-    """GiGPO advantages of episodes; both arms of a task are one group, the anchor is the observation without skills."""
+def episode_advantages(episodes, config) -> list:
+    """GiGPO advantages; both arms of a task are one group, the anchor is the bare observation."""
     return gigpo_advantages(
         [e.group for e in episodes],
         [[s.reward for s in e.steps] for e in episodes],
@@ -641,11 +543,10 @@ def masked_mean(values, mask):
 
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip=0.2, dual_clip=3.0):
-    """PPO's clipped surrogate with dual clip, token-mean over the mask (method 3.4). All [B, L] ->
-    scalar.
+    """PPO's clipped surrogate with dual clip, token-mean (method 3.4). All [B, L] -> scalar.
 
-    max(-A r, -A clip(r, 1-clip, 1+clip)) with r = exp(logprob - old); for A < 0 at most -A
-    dual_clip.
+    max(-A r, -A clip(r, 1 - clip, 1 + clip)), r = exp(logprob - old); for A < 0 at most
+    -A dual_clip.
     """
     ratio = (logprobs - old_logprobs).exp()
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
@@ -654,29 +555,28 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip=0.2, d
 
 
 def k3_kl(logprobs, ref_logprobs, mask):
-    """Token-mean of the k3 estimator of KL(policy || reference), exp(d) - d - 1 with d = ref -
-    logprob. [B, L] -> scalar.
+    """Token-mean k3 estimate of KL(policy || reference). All [B, L] -> scalar.
 
-    http://joschu.net/blog/kl-approx.html; clamped to [-10, 10] per token as in verl-agent.
+    exp(d) - d - 1 with d = ref - logprob (http://joschu.net/blog/kl-approx.html), clamped to
+    [-10, 10] as in verl-agent.
     """
     d = (ref_logprobs - logprobs).clamp(-20, 20)
     return masked_mean((d.exp() - d - 1).clamp(-10, 10), mask)
 
 
 def internalization_loss(logprobs, advantages, utility, used_skill, action_mask, *, clip=1.0):
-    """Gated, advantage-weighted self-imitation under the plain prompt (SIRI, method 6.1-6.2) ->
-    scalar.
+    """Gated, advantage-weighted self-imitation under the plain prompt (SIRI, method 6.1-6.2).
 
-    | argument    | shape       | meaning                                                        |
-    |-------------|-------------|----------------------------------------------------------------|
-    | logprobs    | [B, L]      | of the skill arm's response, given the PLAIN prompt            |
-    | advantages  | [B]         | GiGPO advantage of the row, in units of the reward's scale     |
-    | utility     | [B]         | Delta_g of the row's group                                     |
-    | used_skill  | [B] bool    | the episode had skills in its prompt                           |
-    | action_mask | [B, L] bool | tokens of the action                                           |
+    | argument    | shape       | meaning                                                    |
+    |-------------|-------------|------------------------------------------------------------|
+    | logprobs    | [B, L]      | of the skill arm's response, given the PLAIN prompt        |
+    | advantages  | [B]         | GiGPO advantage of the row, in units of the reward's scale |
+    | utility     | [B]         | Delta_g of the row's group                                 |
+    | used_skill  | [B] bool    | the episode had skills in its prompt                       |
+    | action_mask | [B, L] bool | tokens of the action                                       |
 
-    gate = used_skill and utility > 0 and action token;  w = clamp(advantage, 0, clip), a constant;
-    loss = - sum(gate * w * logprob) / max(1, sum(gate)).
+    gate = used_skill and utility > 0 and action token;  w = clamp(advantage, 0, clip), constant;
+    returns the scalar - sum(gate * w * logprob) / max(1, sum(gate)).
     """
     gate = action_mask & (used_skill & (utility > 0))[:, None]  # [B, L]
     weight = advantages.detach().clamp(0, clip)[:, None]  # [B, 1]
@@ -690,26 +590,24 @@ def internalization_loss(logprobs, advantages, utility, used_skill, action_mask,
 
 @dataclass
 class Row:
-    """A training row. An RL row trains its response tokens; a distillation row trains gated action tokens."""
+    """A training row. An RL row trains its response; a distillation row its gated action tokens."""
 
     prompt_ids: list
     response_ids: list
     advantage: float
     rollout_logprobs: list
-    distill: bool = (
-        False  # prompt_ids is the plain prompt of a skill-arm step, and only L_int applies
-    )
+    distill: bool = False  # prompt_ids is the plain prompt of a skill-arm step; only L_int applies
     utility: float = 0.0
     action_mask: list = field(default_factory=list)  # per response token
-    old_logprobs: torch.Tensor | None = None  # filled by `update`
+    old_logprobs: torch.Tensor | None = None  # filled by `update`, per response token
     ref_logprobs: torch.Tensor | None = None
 
     def __len__(self):
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-def rl_rows(episodes, advantages, config: Config) -> list:
-    """Every step of every episode under the prompt it was played with; without the rows that have nothing to teach."""
+def rl_rows(episodes, advantages, config) -> list:
+    """Every step under its own prompt; without the steps that have nothing to teach."""
     rows = [
         Row(step.prompt_ids, step.response_ids, float(a), step.logprobs)
         for episode, row in zip(episodes, advantages)
@@ -719,81 +617,60 @@ def rl_rows(episodes, advantages, config: Config) -> list:
 
 
 def action_mask(tokenizer, response_ids) -> list:
-    """True for the tokens that overlap the text inside <action>...</action> or the closing tag
-    (method 6.1).
+    """True for tokens that overlap the text inside <action>...</action> or the closing tag (6.1).
 
-    Offsets come from decoding the sampled tokens themselves, one prefix after the other, since a
-    sampled response need not be tokenized the way the tokenizer would. No parsable action: all
-    False. Thoughts and EOS are never included.
+    Offsets come from decoding the sampled tokens, one prefix after the other, since a sampled
+    response need not be tokenized as the tokenizer would. No parsable action: all False. Thoughts
+    and EOS are never included.
     """
-    ends = [
-        len(tokenizer.decode(response_ids[: i + 1], skip_special_tokens=True))
-        for i in range(len(response_ids))
-    ]
-    match = re.search(
-        r"<action>(.*?</action>)",
-        tokenizer.decode(response_ids, skip_special_tokens=True),
-        re.S | re.I,
-    )
+    prefixes = [response_ids[:i] for i in range(1, len(response_ids) + 1)]
+    texts = tokenizer.batch_decode(prefixes, skip_special_tokens=True) or [""]
+    match = re.search(r"<action>(.*?</action>)", texts[-1], re.S | re.I)
     if not match:
         return [False] * len(response_ids)
     start, stop = match.span(1)
-    return [begin < stop and end > start and end > begin for begin, end in zip([0, *ends], ends)]
+    ends = list(map(len, texts))
+    return [begin < stop and end > max(start, begin) for begin, end in zip([0, *ends], ends)]
 
 
-def collate(rows, pad_id, device):
-    """Rows -> right-padded tensors [B, L]; masks mark response tokens, which start at position >= 1."""
-    width = max(map(len, rows))
-    batch = {
-        "ids": torch.full((len(rows), width), pad_id),
-        "response_mask": torch.zeros(len(rows), width, dtype=torch.bool),
-        "action_mask": torch.zeros(len(rows), width, dtype=torch.bool),
-        "old_logprobs": torch.zeros(len(rows), width),
-        "ref_logprobs": torch.zeros(len(rows), width),
-    }
+def collate(rows, pad_id, device) -> dict:
+    """Rows -> right-padded tensors [B, L] and per-row tensors [B]."""
+    shape = (len(rows), max(map(len, rows)))
+    batch = {"ids": torch.full(shape, pad_id)}
+    for name in ("response_mask", "action_mask", "old_logprobs", "ref_logprobs"):
+        batch[name] = torch.zeros(shape, dtype=torch.bool if "mask" in name else torch.float32)
     for i, row in enumerate(rows):
         span = slice(len(row.prompt_ids), len(row))
         batch["ids"][i, : len(row)] = torch.tensor(row.prompt_ids + row.response_ids)
-        batch["response_mask"][i, span] = (
-            True  # the closing EOS is a response token: the policy must learn to stop
-        )
+        batch["response_mask"][i, span] = True  # EOS included: the policy must learn to stop
         if row.distill:
             batch["action_mask"][i, span] = torch.tensor(row.action_mask)
         for name in ("old_logprobs", "ref_logprobs"):
             if getattr(row, name) is not None:
                 batch[name][i, span] = getattr(row, name)
-    batch["advantages"] = torch.tensor([row.advantage for row in rows])
-    batch["utility"] = torch.tensor([row.utility for row in rows])
-    batch["distill"] = torch.tensor([row.distill for row in rows])
+    for name, key in (("advantages", "advantage"), ("utility", "utility"), ("distill", "distill")):
+        batch[name] = torch.tensor([getattr(row, key) for row in rows])
     return {name: value.to(device) for name, value in batch.items()}
 
 
 def token_logprobs(model, ids, response_mask, temperature=1.0):
-    """Log-probs of the response tokens, and the entropies there -> two [B, L], zero outside the
-    mask.
+    """Log-probs of the response tokens, and entropies there -> two [B, L], 0 outside the mask.
 
     logits[:, t] predict ids[:, t + 1], so the log-prob of token t comes from position t - 1. Only
-    the positions that some row of the batch needs get logits at all: [B, K, V] with K much smaller
-    than L.
+    positions that some row needs get logits: [B, K, V] with K much smaller than L.
     """
     at = response_mask.any(0).nonzero()[:, 0]  # [K] positions of response tokens
-    logits = (
-        model(input_ids=ids, use_cache=False, logits_to_keep=at - 1).logits.float() / temperature
-    )  # [B, K, V]
-    log_p = logits.log_softmax(-1)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=at - 1).logits  # [B, K, V]
+    log_p = (logits.float() / temperature).log_softmax(-1)
     picked = log_p.gather(-1, ids[:, at, None])[..., 0]  # [B, K]
     entropy = -(log_p.exp() * log_p).sum(-1)  # [B, K]
-    mask = response_mask[:, at]
-    logprobs, entropies = (
-        torch.zeros(ids.shape, device=ids.device),
-        torch.zeros(ids.shape, device=ids.device),
-    )
-    logprobs[:, at], entropies[:, at] = picked * mask, entropy * mask
-    return logprobs, entropies
+    logprobs, entropies = log_p.new_zeros(ids.shape), log_p.new_zeros(ids.shape)  # [B, L]
+    logprobs[:, at], entropies[:, at] = picked, entropy
+    return logprobs * response_mask, entropies * response_mask
 
 
 def micro_batches(rows, max_tokens):
-    """Sort rows by length and cut them so that rows x longest row stays within `max_tokens` (at least one row each)."""
+    """Rows sorted by length and cut so that rows x longest row <= `max_tokens`, or one row."""
     batch = []
     for row in sorted(rows, key=len):
         if batch and (len(batch) + 1) * len(row) > max_tokens:
@@ -805,110 +682,58 @@ def micro_batches(rows, max_tokens):
 
 
 @torch.no_grad()
-def score_rows(model, rows, name, config: Config, pad_id):
-    """Fill row.<name> with the log-probs of its response tokens under `model`, by the same forward as in training."""
+def score_rows(model, rows, name, config, pad_id):
+    """Set row.<name> to the log-probs of its response under `model`, by the training forward."""
     for batch in micro_batches(rows, 2 * config.micro_tokens):
-        tensors = collate(batch, pad_id, model.device)
-        logprobs, _ = token_logprobs(
-            model, tensors["ids"], tensors["response_mask"], config.temperature
-        )
+        t = collate(batch, pad_id, model.device)
+        logprobs, _ = token_logprobs(model, t["ids"], t["response_mask"], config.temperature)
         for row, values in zip(batch, logprobs.cpu()):
             setattr(row, name, values[len(row.prompt_ids) : len(row)].clone())
 
 
-def backward(model, rows, config: Config, lambda_, pad_id) -> dict:
-    """Accumulate the gradient of the objective over one mini-batch of rows -> the terms of the
-    loss.
+def backward(model, rows, config, lambda_, pad_id) -> dict:
+    """Accumulate the gradient of the objective over one mini-batch of rows -> terms of the loss.
 
-        L = L_GiGPO + beta L_KL - c_H H + lambda L_int                                            (S
-                                                                                                  IR
-                                                                                                  I 
-                                                                                                  ob
-                                                                                                  je
-                                                                                                  ct
-                                                                                                  iv
-                                                                                                  e,
-                                                                                                  me
-                                                                                                  th
-                                                                                                  od
-                                                                                                  6.
-                                                                                                  3)
+        L = L_GiGPO + beta L_KL - c_H H + lambda L_int                     (SIRI, method 3.4, 6.3)
 
-    Each term is a mean over its tokens in the whole mini-batch: micro-batches are weighted by their
-    share of them, so the gradient does not depend on how the rows are cut.
+    Each term is a mean over its tokens in the whole mini-batch: a micro-batch counts by its share
+    of them, so the gradient does not depend on how the rows are cut.
     """
     rl_tokens = sum(len(row.response_ids) for row in rows if not row.distill)
     gate_tokens = sum(sum(row.action_mask) for row in rows if row.distill and row.utility > 0)
-    total = {
-        "loss": 0.0,
-        "policy": 0.0,
-        "kl": 0.0,
-        "entropy": 0.0,
-        "internalize": 0.0,
-        "clipped": 0.0,
-    }
+    totals = defaultdict(float)
     for batch in micro_batches(rows, config.micro_tokens):
         t = collate(batch, pad_id, model.device)
-        logprobs, entropies = token_logprobs(
-            model, t["ids"], t["response_mask"], config.temperature
-        )
-        mask = t["response_mask"] & ~t["distill"][:, None]
-        advantages = t["advantages"][:, None].expand_as(logprobs)
-        terms = {
-            "policy": clipped_policy_loss(
-                logprobs,
-                t["old_logprobs"],
-                advantages,
-                mask,
-                clip=config.clip,
-                dual_clip=config.dual_clip,
-            ),
-            "kl": k3_kl(logprobs, t["ref_logprobs"], mask)
-            if config.kl_coef
-            else logprobs.sum() * 0,
-            "entropy": masked_mean(entropies, mask),
-            "internalize": internalization_loss(
-                logprobs,
-                t["advantages"],
-                t["utility"],
-                t["distill"],
-                t["action_mask"],
-                clip=config.advantage_clip,
-            ),
-            "clipped": masked_mean(
-                ((logprobs - t["old_logprobs"]).exp() - 1).abs() > config.clip, mask
-            ),
-        }
-        gate = (t["action_mask"] & (t["utility"] > 0)[:, None]).sum()
-        share = {name: mask.sum() / max(1, rl_tokens) for name in terms}
-        share["internalize"] = gate / max(1, gate_tokens)
-        terms = {name: value * share[name] for name, value in terms.items()}
-        loss = (
-            terms["policy"] + config.kl_coef * terms["kl"] - config.entropy_coef * terms["entropy"]
-        )
-        loss = loss + lambda_ * terms["internalize"]
+        ids, responses = t["ids"], t["response_mask"]
+        logprobs, entropies = token_logprobs(model, ids, responses, config.temperature)
+        old, mask = t["old_logprobs"], responses & ~t["distill"][:, None]  # [B, L]
+        gate = t["action_mask"] & (t["utility"] > 0)[:, None]  # [B, L]
+        share, gate_share = mask.sum() / max(1, rl_tokens), gate.sum() / max(1, gate_tokens)
+
+        policy = share * clipped_policy_loss(
+            logprobs, old, t["advantages"][:, None], mask,
+            clip=config.clip, dual_clip=config.dual_clip,
+        )  # fmt: skip
+        kl = share * k3_kl(logprobs, t["ref_logprobs"], mask) if config.kl_coef else 0 * share
+        entropy = share * masked_mean(entropies, mask)
+        internalize = gate_share * internalization_loss(
+            logprobs, t["advantages"], t["utility"], t["distill"], t["action_mask"],
+            clip=config.advantage_clip,
+        )  # fmt: skip
+        loss = policy + config.kl_coef * kl - config.entropy_coef * entropy + lambda_ * internalize
         loss.backward()
-        for name, value in {**terms, "loss": loss}.items():
-            total[name] += value.item()
-    return total
+
+        clipped = share * masked_mean(((logprobs - old).exp() - 1).abs() > config.clip, mask)
+        names = ("loss", "policy", "kl", "entropy", "internalize", "clipped")
+        for name, value in zip(names, (loss, policy, kl, entropy, internalize, clipped)):
+            totals[name] += value.item()
+    return dict(totals)
 
 
-def update(
-    model,
-    reference,
-    optimizer,
-    rows,
-    config: Config,
-    *,
-    tokenizer,
-    seed,
-    lambda_=0.0,
-    desc="update",
-) -> dict:
-    """One pass over the rows in mini-batches of `minibatch_rows`, one optimizer step each ->
-    metrics.
+def update(model, reference, optimizer, rows, config, *, tokenizer, seed, lambda_=0.0) -> dict:
+    """One pass over the rows, an optimizer step per `minibatch_rows` -> metrics.
 
-    RL rows and distillation rows are shuffled together, so both act in every step. Old log-probs
+    RL and distillation rows are shuffled together, so both act in every step (6.4). Old log-probs
     are recomputed with the training forward, so ratios start at 1; how far they are from the
     sampler's is logged as `logprob_gap`.
     """
@@ -922,29 +747,28 @@ def update(
     gaps = [(row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs() for row in trained]
     gap = torch.cat(gaps) if gaps else torch.zeros(1)
 
-    rows = list(rows)
-    random.Random(seed).shuffle(rows)
+    rows = random.Random(seed).sample(rows, len(rows))
     steps = max(1, round(len(rows) / config.minibatch_rows))
-    bar, logs, norms = tqdm(total=len(rows), desc=desc, unit="row", leave=False), [], []
-    for minibatch in np.array_split(np.arange(len(rows)), steps):
-        batch = [rows[i] for i in minibatch]
+    bar, logs = tqdm(total=len(rows), desc="update", unit="row", leave=False), []
+    model.train()  # gradient checkpointing works in train mode only; these models have no dropout
+    for n in range(steps):
+        batch = rows[n * len(rows) // steps : (n + 1) * len(rows) // steps]
         optimizer.zero_grad(set_to_none=True)
-        logs.append(backward(model, batch, config, lambda_, pad_id))
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)))
+        log = backward(model, batch, config, lambda_, pad_id)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
+        logs.append(log | {"grad_norm": float(norm)})
         bar.update(len(batch))
-        bar.set_postfix(loss=f"{logs[-1]['loss']:.3f}")
+        bar.set_postfix(loss=f"{log['loss']:.3f}")
+    model.eval()
     bar.close()
-    metrics = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
-    tokens = sum(map(len, rows))
-    return metrics | {
-        "grad_norm": float(np.mean(norms)),
+    return {name: float(np.mean([log[name] for log in logs])) for name in logs[0]} | {
         "rows": len(trained),
         "distill_rows": len(rows) - len(trained),
         "optimizer_steps": steps,
         "logprob_gap": gap.mean().item(),
         "logprob_gap_max": gap.max().item(),
-        "update_tokens_per_s": tokens / (time.time() - start),
+        "update_tokens_per_s": sum(map(len, rows)) / (time.time() - start),
     }
 
 
@@ -966,23 +790,23 @@ class Skill:
     retrieved: int = 0  # groups that carried it
     below: int = 0  # consecutive evaluations, from the n_eval-th on, that left u < 0
     born: int = 0  # iteration
-    deltas: list = field(default_factory=list)  # every Delta_g, its life
+    deltas: list = field(default_factory=list)  # every Delta_g: its life
 
 
 class SkillBank:
-    """The skills of a run. Used in phases 1 and 2 only; inference needs none."""
+    """The skills of a run, for phases 1 and 2 only; inference needs none."""
 
     MAX_WORDS, DUPLICATE, PER_BUCKET = 80, 92, 20
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         self.config, self.skills = config, []
 
     def add(self, condition, strategy, bucket, iteration=0) -> str:
-        """Add a candidate -> "added", or why it was refused: "words", "instance" or "duplicate" (method 5.1)."""
+        """Add a candidate -> "added", or why not: "words", "instance", "duplicate" (method 5.1)."""
         text = f"{condition}: {strategy}"
         if len(text.split()) > self.MAX_WORDS:
             return "words"
-        if re.search(r"\b[a-z]+ \d+\b|\bB0[A-Z0-9]{8}\b", text, re.I):
+        if re.search(r"\b[a-z]+ \d+\b|\bB0[A-Z0-9]{8}\b", text, re.I):  # "drawer 3", an ASIN
             return "instance"
         peers = [s for s in self.skills if s.bucket == bucket]
         if any(fuzz.token_sort_ratio(strategy, s.strategy) >= self.DUPLICATE for s in peers):
@@ -999,66 +823,56 @@ class SkillBank:
         return skill.utility + 0.1 * math.sqrt(math.log(1 + total) / (1 + skill.retrieved))
 
     def retrieve(self, task, bucket, k=3, statuses=("candidate", "active")) -> list:
-        """The skills of an episode, once for all its steps: the best candidate, then the best
-        active ones (method 5.3).
-
-        score = 0.5 lexical match of task and condition + utility + UCB; one candidate at most, so
-        that Delta_g is its own.
+        """The skills of a group, once for all its steps (method 5.3): the best candidate, then the
+        best active ones, by 0.5 lexical match of task and condition + utility + UCB. One candidate
+        at most, so that Delta_g is its own.
         """
+
+        def score(skill):
+            return 0.5 * fuzz.token_set_ratio(task, skill.condition) / 100 + self.value(skill)
+
         found = [s for s in self.skills if s.bucket == bucket and s.status in statuses]
-        score = {
-            id(s): 0.5 * fuzz.token_set_ratio(task, s.condition) / 100 + self.value(s)
-            for s in found
-        }
-        found.sort(key=lambda s: -score[id(s)])
-        chosen = [s for s in found if s.status == "candidate"][:1] + [
-            s for s in found if s.status == "active"
-        ]
-        for skill in chosen[:k]:
+        found = sorted(found, key=score, reverse=True)
+        chosen = [s for s in found if s.status == "candidate"][:1]
+        chosen = (chosen + [s for s in found if s.status == "active"])[:k]
+        for skill in chosen:
             skill.retrieved += 1
-        return chosen[:k]
+        return chosen
 
     def update(self, skill, delta):
-        """One evaluation: u <- (1 - alpha) u + alpha Delta_g, then promote or retire (method 5.2)."""
-        config = self.config
-        skill.utility += config.ema * (delta - skill.utility)
+        """One evaluation: u <- (1 - alpha) u + alpha Delta_g; promote or retire (method 5.2)."""
+        skill.utility += self.config.ema * (delta - skill.utility)
         skill.n += 1
         skill.deltas.append(round(delta, 4))
-        if skill.n < config.n_eval or skill.status == "retired":
+        if skill.n < self.config.n_eval or skill.status == "retired":
             return
         skill.below = skill.below + 1 if skill.utility < 0 else 0
         if skill.below >= 2:
             skill.status = "retired"
-        elif skill.status == "candidate" and skill.utility > config.active_above:
+        elif skill.status == "candidate" and skill.utility > self.config.active_above:
             skill.status = "active"
 
     def count(self) -> dict:
-        return {
-            status: sum(s.status == status for s in self.skills)
-            for status in ("candidate", "active", "retired")
-        }
+        statuses = [s.status for s in self.skills]
+        return {status: statuses.count(status) for status in ("candidate", "active", "retired")}
 
     def save(self, path):
         write_atomically(path, "".join(json.dumps(asdict(s)) + "\n" for s in self.skills))
 
     @classmethod
-    def load(cls, path, config: Config):
-        if not Path(path).exists():
+    def load(cls, folder, config):
+        path, bank = Path(folder) / "skills.jsonl", cls(config)
+        if not path.exists():
             raise UserError(f"{path}: no such skill file; it is written by mine.py")
-        bank = cls(config)
-        bank.skills = [Skill(**json.loads(line)) for line in Path(path).read_text().splitlines()]
+        bank.skills = [Skill(**line) for line in read_jsonl(path)]
         return bank
 
 
 def parse_skill(text: str):
-    """A summary -> (condition, strategy), or None unless it is one JSON object with both, and nothing else around it."""
-    text = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
+    """A summary -> (condition, strategy); None unless it is one JSON object with both, no more."""
     try:
-        data = json.loads(text)
-        condition, strategy = (
-            data["condition"].strip().rstrip("."),
-            data["strategy"].strip().rstrip("."),
-        )
+        data = json.loads(re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip()))
+        condition, strategy = (data[key].strip().rstrip(".") for key in ("condition", "strategy"))
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
     condition = re.sub(r"^when ", "", condition, flags=re.I)
@@ -1066,22 +880,18 @@ def parse_skill(text: str):
 
 
 def group_deltas(episodes) -> dict:
-    """Group -> Delta_g = mean success of the skill half - mean success of the plain half; paired groups only (5.4)."""
-    halves = {}
+    """Paired groups -> Delta_g = mean success of the skill half - of the plain half (5.4)."""
+    halves = defaultdict(lambda: ([], []))
     for e in episodes:
-        halves.setdefault(e.group, ([], []))[bool(e.skills)].append(e.success)
-    return {
-        g: float(np.mean(skill) - np.mean(plain))
-        for g, (plain, skill) in halves.items()
-        if skill and plain
-    }
+        halves[e.group][bool(e.skills)].append(e.success)
+    return {g: float(np.mean(s) - np.mean(p)) for g, (p, s) in halves.items() if s and p}
 
 
 def evaluate_skills(bank, episodes, deltas):
     """Credit every skill of a paired group with the group's Delta_g, once."""
+    skills = {e.group: e.skills for e in episodes if e.skills}
     for group, delta in deltas.items():
-        skills = next(e.skills for e in episodes if e.group == group and e.skills)
-        for skill in skills:
+        for skill in skills[group]:
             bank.update(skill, delta)
 
 
@@ -1090,10 +900,8 @@ def evaluate_skills(bank, episodes, deltas):
 # --------------------------------------------------------------------------------------------------
 
 
-def load_state(folder, *names) -> dict:
-    """Some of what a phase saved beside its model."""
-    state = torch.load(Path(folder) / "state.pt", weights_only=False)
-    return {name: state[name] for name in names}
+def read_jsonl(path) -> list:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def write_atomically(path, text):
@@ -1105,34 +913,31 @@ def write_atomically(path, text):
 
 
 class Run:
-    """runs/<name>/: config.json, metrics.jsonl, episodes.jsonl, and a folder per phase with model/ and state.pt."""
+    """runs/<name>/: config.json, metrics.jsonl, episodes.jsonl; per phase model/ and state.pt."""
 
-    def __init__(self, config: Config, phase: str):
-        self.config, self.phase = config, phase
-        self.root = Path("runs") / config.run
+    def __init__(self, config, phase):
+        self.config, self.phase, self.root = config, phase, Path("runs") / config.run
         self.folder = self.root / phase
-        if not (self.root / "config.json").exists():
+        if phase == "warmup" and not self.folder.exists():
             write_atomically(self.root / "config.json", json.dumps(asdict(config), indent=2))
 
-    def require(self, phase, script):
-        """The folder of an earlier phase; UserError unless it is finished."""
-        folder = self.root / phase
+    def resume_or_start(self, after) -> tuple:
+        """(folder to load from, state): this phase's last save, else the end of phase `after`.
+
+        UserError unless `after` has finished.
+        """
+        folder, command = self.root / after, f"`python {after}.py --run {self.config.run}`"
         if not (folder / "model").exists():
-            raise UserError(
-                f"{folder}/model is missing: run `python {script} --run {self.config.run}` first"
-            )
-        if not load_state(folder, "finished")["finished"]:
-            raise UserError(
-                f"{folder} is not finished: run `python {script} --run {self.config.run}` again to go on"
-            )
-        return folder
+            raise UserError(f"{folder}/model is missing: run {command} first")
+        before = torch.load(folder / "state.pt", weights_only=False)
+        if not before["finished"]:
+            raise UserError(f"{folder} is not finished: {command} goes on with it")
+        state = self.resume()
+        return (self.folder, state) if state else (folder, {**before, "iteration": 0})
 
     def save(self, model, tokenizer, optimizer, bank=None, **state):
-        """Save the phase as one folder that is swapped in whole, so an interruption leaves the last good one."""
-        part, old = (
-            self.folder.with_name(self.phase + ".part"),
-            self.folder.with_name(self.phase + ".old"),
-        )
+        """Save the phase as one folder, swapped in whole: interrupted, the last good one stays."""
+        part, old = (self.root / f"{self.phase}.{suffix}" for suffix in ("part", "old"))
         shutil.rmtree(part, ignore_errors=True)
         model.save_pretrained(part / "model")
         tokenizer.save_pretrained(part / "model")
@@ -1147,90 +952,74 @@ class Run:
         shutil.rmtree(old, ignore_errors=True)
 
     def resume(self):
-        """The saved state of this phase, or None. Metrics logged after that save are dropped."""
-        old = self.folder.with_name(self.phase + ".old")
-        if (
-            old.exists() and not self.folder.exists()
-        ):  # interrupted between the two renames of `save`
+        """The saved state of this phase, or None. Drops what was logged after that save.
+
+        UserError if the phase was begun with another config.
+        """
+        old, state = self.root / f"{self.phase}.old", None
+        if old.exists() and not self.folder.exists():  # stopped between the two renames of `save`
             old.rename(self.folder)
-        state = (
-            torch.load(self.folder / "state.pt", weights_only=False)
-            if (self.folder / "state.pt").exists()
-            else None
-        )
-        kept = state["iteration"] if state else 0
-        for name in ("metrics.jsonl", "episodes.jsonl"):
-            if (self.root / name).exists():
-                lines = [json.loads(line) for line in (self.root / name).read_text().splitlines()]
-                lines = [x for x in lines if x["phase"] != self.phase or x["iteration"] <= kept]
-                write_atomically(self.root / name, "".join(json.dumps(x) + "\n" for x in lines))
-        if state:
+        if self.folder.exists():
             saved, now = json.loads((self.folder / "config.json").read_text()), asdict(self.config)
-            changed = [name for name in now if saved.get(name) != now[name]]
-            if changed:
-                raise UserError(
-                    f"{self.folder} was made with --{changed[0]} {saved.get(changed[0])}, not {now[changed[0]]}; "
-                    f"choose another --run, or delete the folder"
-                )
+            for name in now:
+                if saved.get(name) != now[name]:
+                    raise other_config(self.folder, name, saved.get(name), now[name])
+            state = torch.load(self.folder / "state.pt", weights_only=False)
+        kept = state["iteration"] if state else 0
+        for path in (self.root / "metrics.jsonl", self.root / "episodes.jsonl"):
+            lines = read_jsonl(path) if path.exists() else []
+            lines = [x for x in lines if x["phase"] != self.phase or x["iteration"] <= kept]
+            write_atomically(path, "".join(json.dumps(x) + "\n" for x in lines))
         return state
 
     def log(self, iteration, metrics, episodes, line):
-        """One line of metrics, a few readable episodes, and one line on the screen."""
-        record = {
-            "phase": self.phase,
-            "iteration": iteration,
-            "time": round(time.time(), 1),
-            **metrics,
-        }
+        """One line of metrics, a few readable episodes, one line on the screen."""
+        where = {"phase": self.phase, "iteration": iteration}
         with open(self.root / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-        chosen = random.Random(iteration).sample(episodes, min(self.config.samples, len(episodes)))
+            file.write(json.dumps({**where, "time": round(time.time(), 1), **metrics}) + "\n")
+        count = min(self.config.samples, len(episodes))
         with open(self.root / "episodes.jsonl", "a") as file:
-            for e in chosen:
+            for e in random.Random(iteration).sample(episodes, count):
                 readable = {
-                    "phase": self.phase,
-                    "iteration": iteration,
-                    "item": e.item,
-                    "task": e.task,
-                    "success": e.success,
+                    **where, "item": e.item, "task": e.task, "success": e.success,
                     "skills": [f"when {s.condition}: {s.strategy}" for s in e.skills],
                     "steps": [
                         {"saw": s.obs, "said": s.response, "did": s.action, "reward": s.reward}
                         for s in e.steps
                     ],
-                }
+                }  # fmt: skip
                 file.write(json.dumps(readable) + "\n")
         tqdm.write(f"{self.phase} {iteration:>3}  {line}")
 
 
-def draw_items(items, config: Config, phase, iteration) -> list:
-    """The tasks of one iteration, without repetition, the same for the same seed, phase and iteration."""
-    return random.Random(f"{config.seed} {phase} {iteration}").sample(
-        items, min(config.tasks, len(items))
-    )
+def draw_items(items, config, phase, iteration) -> list:
+    """The tasks of one iteration, without repetition; a function of seed, phase and iteration."""
+    rng = random.Random(f"{config.seed} {phase} {iteration}")
+    return rng.sample(items, min(config.tasks, len(items)))
 
 
-def sampling_seed(config: Config, phase, iteration) -> int:
+def sampling_seed(config, phase, iteration) -> int:
     return random.Random(f"{config.seed} {phase} {iteration} sampling").randrange(2**31)
 
 
 def plain_successes(episodes, iteration) -> list:
     """What mining needs of the solved episodes without skills (method 4: the buffer D_succ)."""
+    solved = [e for e in episodes if e.success and not e.skills]
     return [
         {
-            "task": e.task,
-            "task_type": e.task_type,
-            "iteration": iteration,
+            "task": e.task, "task_type": e.task_type, "iteration": iteration,
             "steps": [[s.obs, s.action] for s in e.steps],
         }
-        for e in episodes
-        if e.success and not e.skills
-    ]
+        for e in solved
+    ]  # fmt: skip
 
 
 def rollout_metrics(episodes, deltas=None) -> dict:
-    """What every phase logs of its episodes. success_plain and success_skill compare the arms of paired groups only."""
-    rate = lambda chosen: float(np.mean([e.success for e in chosen])) if chosen else None  # noqa: E731
+    """What every phase logs of its episodes; success_plain and success_skill are the two arms."""
+
+    def rate(chosen):
+        return float(np.mean([e.success for e in chosen])) if chosen else None
+
     steps = [s for e in episodes for s in e.steps]
     metrics = {
         "episodes": len(episodes),
@@ -1243,18 +1032,17 @@ def rollout_metrics(episodes, deltas=None) -> dict:
         "response_tokens": float(np.mean([len(s.response_ids) for s in steps])),
     }
     if deltas is not None:
-        metrics |= {
-            "delta": float(np.mean(list(deltas.values()))) if deltas else None,
-            "paired_groups": len(deltas),
-        }
+        metrics["delta"] = float(np.mean(list(deltas.values()))) if deltas else None
+        metrics["paired_groups"] = len(deltas)
     return metrics
 
 
 def arms(metrics) -> str:
     """The success of both arms and their mean difference, for the summary line."""
-    show = lambda x: "  - " if x is None else f"{x:.2f}"  # noqa: E731
-    plain, skill, delta = (metrics[name] for name in ("success_plain", "success_skill", "delta"))
-    return f"success plain {show(plain)} skill {show(skill)}  delta {show(delta)} in {metrics['paired_groups']} groups"
+    values = (metrics[name] for name in ("success_plain", "success_skill", "delta"))
+    plain, skill, delta = ("  - " if x is None else f"{x:.2f}" for x in values)
+    groups = metrics["paired_groups"]
+    return f"success plain {plain} skill {skill}  delta {delta} in {groups} groups"
 
 
 def skill_line(counts) -> str:
@@ -1262,14 +1050,12 @@ def skill_line(counts) -> str:
 
 
 def skill_table(bank) -> str:
-    """Every skill with its record, the best first, the retired last."""
+    """Every skill with its record, the active first, the retired last."""
+    order = ("active", "candidate", "retired")
     lines = [f"{'status':<10}{'utility':>8}{'n':>4}  skill"]
-    for s in sorted(
-        bank.skills, key=lambda s: (s.status == "retired", s.status == "candidate", -s.utility)
-    ):
-        lines.append(
-            f"{s.status:<10}{s.utility:>+8.2f}{s.n:>4}  [{s.bucket}] when {s.condition}: {s.strategy}"
-        )
+    for s in sorted(bank.skills, key=lambda s: (order.index(s.status), -s.utility)):
+        record = f"{s.status:<10}{s.utility:>+8.2f}{s.n:>4}"
+        lines.append(f"{record}  [{s.bucket}] when {s.condition}: {s.strategy}")
     return "\n".join(lines)
 
 
@@ -1279,4 +1065,5 @@ def wilson(successes: int, n: int) -> tuple:
         return 0.0, 1.0
     z, p = 1.96, successes / n
     center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
+    low, high = (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)

@@ -1,44 +1,33 @@
 """Phase 2 of SIRI: what the skills do better goes into the weights; then the skills are dropped.
 
-    python distill.py                                  # after mine.py
-    python distill.py --run half-lr --lambda_max 0     # the control: plain GiGPO for as many
-                                                       iterations
+    python distill.py                         # after mine.py
+    python distill.py --run slow --lambda_max 0      # the control: plain GiGPO, as many iterations
 
 Reads   runs/<run>/mine/
-Writes  runs/<run>/distill/: model/ (the result: it needs no skill), skills.jsonl (a report)
+Writes  runs/<run>/distill/: model/, the result, which needs no skill; skills.jsonl, a report
 Next    python evaluate.py --run <run>
 
-    for k = 0, 1, ...:                                                                 SIRI, method
-                                                                                       section 6
-        roll out each task in two halves, with the active skills and plain; Delta_g and utilities as
-        in phase 1 A = A_E + w A_S, both halves one GiGPO group
-        for each step of the skill half where Delta_g > 0: a row (PLAIN prompt x_t, the response
-        given under the skill) L_int = - sum gate w log pi(y | x_t, y_<) / sum gate,  gate: action
-        tokens,  w = clip(A / sigma_A, 0, c) lambda(k) = lambda_max min(1, (k + 1) / K_warm)
+    for k = 1, 2, ...:                                                  SIRI, method section 6
+        roll out each task in two halves, with the active skills and plain; Delta_g, utilities
+        A = A_E + w A_S, both halves one group
+        a step of the skill half where Delta_g > 0 gives one more row: the PLAIN prompt x_t with
+            the response y_t that was given under the skill
+        L_int = - sum gate w log pi(y | x_t, y_<) / sum gate
+            gate: action tokens of those rows;  w = clip(A / sigma_A, 0, c)
+        lambda(k) = lambda_max min(1, k / K_warm)
         minimize L_GiGPO + beta L_KL + lambda(k) L_int
 """
 
 import common
 import envs
-from common import (
-    Row,
-    Run,
-    SkillBank,
-    draw_items,
-    episode_advantages,
-    rl_rows,
-    rollout,
-    rollout_metrics,
-    update,
-)
+from common import Row, Run, SkillBank, episode_advantages, rl_rows, rollout, rollout_metrics
 
 
 def distillation_rows(episodes, advantages, deltas, tokenizer, config) -> list:
-    """The skill half's steps as rows for the plain prompt (6.1, 6.4), without those whose gate or
-    weight is shut.
+    """Steps of the skill half as rows for the plain prompt (6.1, 6.4), if gate and weight allow.
 
-    sigma_A brings advantages that keep the reward's scale (`normalize_std` off) to the unit scale
-    of the clip.
+    sigma_A brings advantages that keep the reward's scale (--normalize_std false) to the scale of
+    the clip.
     """
     sigma = 1.0 if config.normalize_std else config.success_reward
     rows = []
@@ -47,10 +36,10 @@ def distillation_rows(episodes, advantages, deltas, tokenizer, config) -> list:
         if not episode.skills or utility <= 0:
             continue  # gates (a) a skill was used, (b) Delta_g > 0
         for step, advantage in zip(episode.steps, row):
-            if advantage > 0:  # w = 0 otherwise
+            if advantage > 0:  # else w = 0
                 mask = common.action_mask(tokenizer, step.response_ids)  # gate (c)
-                ids = step.plain_ids, step.response_ids
-                rows.append(Row(*ids, float(advantage / sigma), step.logprobs, True, utility, mask))
+                ids, weight = (step.plain_ids, step.response_ids), float(advantage / sigma)
+                rows.append(Row(*ids, weight, step.logprobs, True, utility, mask))
     return rows
 
 
@@ -59,82 +48,54 @@ def main():
     device = common.set_up(config)
     items = envs.list_items(config.env, config.split, config.data)
     run = Run(config, "distill")
-    mined = run.require("mine", "mine.py")
-    state = run.resume() or {
-        "iteration": 0,
-        "finished": False,
-        **common.load_state(mined, "optimizer"),
-    }
+    source, state = run.resume_or_start(after="mine")
 
-    source = run.folder if state["iteration"] else mined
     model, tokenizer = common.load_policy(source / "model", config, device)
-    reference = None
-    if config.kl_coef:
-        reference, _ = common.load_policy(config.model, config, device, trainable=False)
-    optimizer = common.make_optimizer(model, config)
-    optimizer.load_state_dict(state["optimizer"])
-    bank = SkillBank.load(source / "skills.jsonl", config)
+    reference = common.load_reference(config, device)
+    optimizer = common.make_optimizer(model, config, state["optimizer"])
+    bank = SkillBank.load(source, config)
     print(f"distill: skills {common.skill_line(bank.count())}, lambda_max {config.lambda_max}")
-    if not any(s.status == "active" for s in bank.skills):
+    if not bank.count()["active"]:
         print("no active skill: this phase trains plain GiGPO")
 
     for k in range(state["iteration"] + 1, config.distill_iterations + 1):
         seed = common.sampling_seed(config, "distill", k)
-        # 1. paired rollouts, active skills only
-        plan = common.plan_rollouts(
-            draw_items(items, config, "distill", k), config, bank, statuses=("active",)
-        )
+        # 1. paired rollouts, active skills only; Delta_g
+        drawn = common.draw_items(items, config, "distill", k)
+        plan = common.plan_rollouts(drawn, config, bank, statuses=("active",))
         episodes = rollout(
             model, tokenizer, config, plan, temperature=config.temperature, seed=seed
         )
         deltas = common.group_deltas(episodes)
         common.evaluate_skills(bank, episodes, deltas)
 
-        # 2. advantages, RL rows under their own prompt, internalization rows under the plain one
+        # 2. advantages; RL rows under their own prompt, internalization rows under the plain one
         advantages = episode_advantages(episodes, config)
-        rows = rl_rows(episodes, advantages, config)
-        extra = (
-            distillation_rows(episodes, advantages, deltas, tokenizer, config)
-            if config.lambda_max
-            else []
-        )
+        rows, extra = rl_rows(episodes, advantages, config), []
+        if config.lambda_max:
+            extra = distillation_rows(episodes, advantages, deltas, tokenizer, config)
 
         # 3. loss and step: L_GiGPO + beta L_KL + lambda(k) L_int
         lambda_k = config.lambda_max * min(1.0, k / config.lambda_iterations)
-        losses = update(
-            model,
-            reference,
-            optimizer,
-            rows + extra,
-            config,
-            tokenizer=tokenizer,
-            seed=seed,
+        losses = common.update(
+            model, reference, optimizer, rows + extra, config, tokenizer=tokenizer, seed=seed,
             lambda_=lambda_k,
-        )
+        )  # fmt: skip
 
         # 4. log and save
         counts, gated = bank.count(), sum(sum(row.action_mask) for row in extra)
-        skill_tokens = sum(len(s.response_ids) for e in episodes if e.skills for s in e.steps)
+        skilled = sum(len(s.response_ids) for e in episodes if e.skills for s in e.steps)
         metrics = rollout_metrics(episodes, deltas) | losses | counts
-        metrics |= {
-            "lambda": lambda_k,
-            "gated_tokens": gated,
-            "gated_share": gated / max(1, skill_tokens),
-        }
-        run.log(
-            k,
-            metrics,
-            episodes,
-            f"{common.arms(metrics)}  lambda {lambda_k:.3f}  L_int "
-            f"{metrics.get('internalize', 0):.3f} on {gated} tokens  skills {common.skill_line(counts)}",
-        )
+        metrics |= {"lambda": lambda_k, "gated_tokens": gated}
+        metrics["gated_share"] = gated / max(1, skilled)
+        line = f"{common.arms(metrics)}  lambda {lambda_k:.3f}  gated {gated} tokens  "
+        run.log(k, metrics, episodes, line + f"skills {common.skill_line(counts)}")
         finished = k == config.distill_iterations
         if finished or k % config.save_every == 0:
             run.save(model, tokenizer, optimizer, bank, iteration=k, finished=finished)
 
-    print(
-        f"distill done: the policy in {run.folder}/model needs no skill. Next: python evaluate.py --run {config.run}"
-    )
+    print(f"distill done: {run.folder}/model needs no skill.")
+    print(f"Next: python evaluate.py --run {config.run}")
 
 
 if __name__ == "__main__":

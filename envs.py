@@ -1,17 +1,19 @@
 """The text worlds: ALFWorld as a plain-Python engine, prompts, and action parsing. No torch here.
 
     env = make_env("alfworld", ".../valid_seen/<task>/<trial>/game.tw-pddl")
-    obs = env.reset()                                    # Observation(text, task, task_type, admissible)
-    obs, reward, done, info = env.step("go to desk 1")   # reward 1.0 and done at the goal; info["score"], ["success"]
+    obs = env.reset()                                   # Observation(text, task, task_type, ...)
+    obs, reward, done, info = env.step("go to desk 1")  # 1.0 and done at the goal
 
-An ALFWorld game is a small deterministic state machine written in PDDL. The stock package plays it through a planner
-library and a grammar interpreter (40-50 ms a step); this file plays the same state machine with a few Python sets, in
-microseconds, so a batch of 128 games lives in one process. It reads the original `game.tw-pddl` files and equals stock
-on every observation, admissible action, reward and end (`python tests/compare_alfworld.py` certifies that on your data).
+An ALFWorld game is a small deterministic state machine written in PDDL. The stock package plays it
+through a planner library and a grammar interpreter, at 40-50 ms a step; this file plays the same
+machine with a few Python sets, in microseconds, so a batch of 128 games lives in one process. It
+reads the original `game.tw-pddl` files and equals stock on every observation, admissible action,
+reward and end: `python tests/compare_alfworld.py` certifies that on your data.
 `engine="textworld"` plays the stock package instead.
 
-Differences from stock, on purpose: the `-= Welcome to TextWorld =-` header is cut and `help` is not listed (it still
-works), as the agent code behind the published numbers does. Nothing in a downloaded file is ever evaluated.
+Differences from stock, on purpose: the `-= Welcome to TextWorld =-` header is cut and `help` is not
+listed (it still works), as the agent code behind the published numbers does. Nothing in a
+downloaded file is ever evaluated.
 """
 
 import hashlib
@@ -35,12 +37,12 @@ TASK_TYPES = {  # folder prefix -> the short name used in tables and as the buck
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: the scripts print its one line, which names the remedy, and exit with 2."""
+    """A mistake the user can mend: scripts print its one line, with the remedy, and exit with 2."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the agent sees. `text` is also GiGPO's anchor state; `admissible` is sorted, without `help`."""
+    """What the agent sees. `text` is GiGPO's anchor state; `admissible` is sorted, no `help`."""
 
     text: str
     task: str
@@ -48,13 +50,13 @@ class Observation:
     admissible: tuple = ()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ALFWorld: reading a game file
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-# The engine below is the meaning of one PDDL domain and one text grammar. A file that carries any other is refused,
-# because we would play it wrongly. Digests of the texts without comments, blanks and the task line: the games of
-# json_2.1.1, and the domain and grammar inside the alfworld 0.4 package (which `tiny.py` writes into its games).
+# The engine below is the meaning of one PDDL domain and one text grammar. A file with any other is
+# refused, because we would play it wrongly. These are digests without comments, blanks and the task
+# line: the games of json_2.1.1, and the texts inside the alfworld 0.4 package, which `tiny.py` uses.
 KNOWN_DOMAINS = {  # digest -> the receptacle types that clean, the only difference between the two
     "19173ff725ce": {"sinktype", "sinkbasintype"},
     "6cbbf3d0d19b": {"sinkbasintype"},
@@ -71,7 +73,7 @@ KNOWN_GOALS = {  # digest of the goal's shape -> the kind of goal
 
 
 def digest(text: str) -> str:
-    """Twelve hex digits of a PDDL or grammar text, blind to comments, white space and the task line."""
+    """Twelve hex digits of a text, blind to PDDL comments, white space and the task line."""
     text = re.sub(r"(?m);.*$", "", text) if text.lstrip().startswith((";", "(")) else text
     text = re.sub(r"Your task is to: [^\"]*", "", text)
     return hashlib.sha256("".join(text.split()).encode()).hexdigest()[:12]
@@ -79,7 +81,7 @@ def digest(text: str) -> str:
 
 @dataclass
 class Game:
-    """The unchanging part of one game; shared by every member of a group. Ids are lower-cased PDDL constants."""
+    """The unchanging part of a game, shared by the members of a group. Ids are in lower case."""
 
     path: str
     task: str
@@ -121,7 +123,7 @@ def load_game(path: str) -> Game:
 
 
 def parse_game(data: dict, path: str) -> Game:
-    """The content of a `game.tw-pddl` -> Game. `path` names it in messages, and its folder gives the task type."""
+    """The content of a `game.tw-pddl` -> Game. The folder in `path` gives the task type."""
     try:
         domain, grammar, problem = data["pddl_domain"], data["grammar"], data["pddl_problem"]
         task = re.search(r"Your task is to: ([^\"]*?)\.?\"", grammar).group(1)
@@ -135,12 +137,12 @@ def parse_game(data: dict, path: str) -> Game:
     task_type = task_type_of(path)
     if task_type == "unknown":
         raise UserError(
-            f"{path}: its folder must be <task type>-.../<trial>/, task type one of {list(TASK_TYPES)}"
+            f"{path}: its folder must be <task type>-.../<trial>/ with one of {list(TASK_TYPES)}"
         )
     kind = KNOWN_GOALS.get(digest(re.sub(r"\b\w+Type\)", "T)", "(" + goal_text)))
     if digest(domain) not in KNOWN_DOMAINS or digest(grammar) not in KNOWN_GRAMMARS or kind is None:
         raise UserError(
-            f"{path}: a domain, grammar or goal the fast engine does not know; use --engine textworld"
+            f"{path}: a domain, grammar or goal unknown to the fast engine; use --engine textworld"
         )
 
     facts = defaultdict(set)
@@ -149,7 +151,7 @@ def parse_game(data: dict, path: str) -> Game:
     start = {loc for _, loc in facts["atLocation"]}
     if len(start) != 1:
         raise UserError(
-            f"{path}: corrupt game file (the agent is nowhere); delete it or download the data again"
+            f"{path}: corrupt game file, the agent is nowhere; delete it or download it again"
         )
 
     def multimap(pairs):  # {(a, b), ...} -> {a: {b, ...}}
@@ -177,8 +179,10 @@ def parse_game(data: dict, path: str) -> Game:
         ],
         traits={
             trait: {fact[0] for fact in facts[trait]}
-            for trait in "pickupable openable opened cleanable heatable coolable toggleable sliceable isClean isHot "
-            "isCool isToggled isSliced isReceptacleObject".split()
+            for trait in (
+                "pickupable openable opened cleanable heatable coolable toggleable sliceable "
+                "isClean isHot isCool isToggled isSliced isReceptacleObject"
+            ).split()
         },
         at={loc: [r for r, there in located if there == loc] for _, loc in located},
         start=start.pop(),
@@ -197,8 +201,8 @@ def parse_game(data: dict, path: str) -> Game:
 
 
 def readable_names(ids) -> dict:
-    """`mug_bar__plus_01...` -> "mug 2". Ids of a kind are numbered so that the first in sorted order gets the
-    highest number, as the demangler of alfworld does. An id without `_bar_` has no number, only a trailing blank."""
+    """`mug_bar__plus_01...` -> "mug 2". Among the ids of a kind the first in sorted order gets the
+    highest number, as in alfworld's demangler. An id without `_bar_` gets a trailing blank."""
     kinds = {
         i: i.split("_bar_")[0] + ("basin" if "basin" in i else "") for i in ids if "_bar_" in i
     }
@@ -210,13 +214,13 @@ def readable_names(ids) -> dict:
     return names
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ALFWorld: playing
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class AlfWorld:
-    """One running game. `reset()` starts it, `step(action)` plays one command; any string is a legal action."""
+    """One running game: `reset()` starts it, `step(action)` plays any string."""
 
     def __init__(self, game: Game):
         self.game = game
@@ -261,7 +265,7 @@ class AlfWorld:
         return Observation(text, self.game.task, self.game.task_type, listed)
 
     def find_commands(self) -> dict:
-        """Every applicable command -> (verb, first id, second id): the preconditions of the PDDL actions."""
+        """Applicable commands -> (verb, first id, second id): the preconditions of the actions."""
         game, name, traits, held = self.game, self.game.name, self.game.traits, self.held
         commands = dict(game.goto[self.location])
         commands.update({c: (c, None, None) for c in ("inventory", "look", "help")})
@@ -386,7 +390,7 @@ class AlfWorld:
             ]
             facing = listing((game.name[r] for r in here), article="")
             return f"You are facing the {facing}. Next to it, you see {listing(floor)}."
-        # a quirk of the grammar: only the intro lists the room, a later `look` from the middle of it sees nothing
+        # a quirk of the grammar: only the intro lists the room, a later `look` sees nothing
         room = (
             [game.name[r] for r, _ in sorted((r, loc) for loc, rs in game.at.items() for r in rs)]
             if intro
@@ -435,7 +439,7 @@ def listing(names, article="a ") -> str:
 
 
 class TextWorldGame:
-    """The same game through the stock alfworld package (slow, the reference): `--engine textworld`."""
+    """The same game through the stock alfworld package, slow, the reference."""
 
     def __init__(self, path: str):
         import textworld
@@ -471,13 +475,13 @@ class TextWorldGame:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Choosing a world and its items
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def make_env(name: str, item, engine: str = "fast"):
-    """Open one item of a world: for "alfworld" the path of a `game.tw-pddl`. Same item, same initial state, always."""
+    """Open one item: for "alfworld" the path of a `game.tw-pddl`. It always starts the same."""
     if name != "alfworld":
         raise UserError(f"--env {name}: not a world of this project; choose alfworld")
     if engine == "textworld":
@@ -490,7 +494,7 @@ def make_env(name: str, item, engine: str = "fast"):
 def list_items(name: str, split: str, data: str | None = None) -> list:
     """Every item of a split, sorted: paths of the ALFWorld games under `data`/json_2.1.1/<split>/.
 
-    data    the folder that holds json_2.1.1; default $ALFWORLD_DATA, then ~/.cache/alfworld (alfworld-download's)
+    data    the folder that holds json_2.1.1; default $ALFWORLD_DATA, then ~/.cache/alfworld
     Games with movable receptacles or sliced objects are left out, as stock alfworld does.
     """
     root = Path(data or os.environ.get("ALFWORLD_DATA") or Path.home() / ".cache" / "alfworld")
@@ -512,36 +516,47 @@ def list_items(name: str, split: str, data: str | None = None) -> list:
     return games
 
 
+def shared_items(name: str, split: str, other: str, data: str | None = None) -> set:
+    """Games that are in two splits at once; an evaluation must not see training games."""
+    if split == other:
+        return set()
+    try:
+        a, b = ({Path(p).parts[-3:-1] for p in list_items(name, s, data)} for s in (split, other))
+    except UserError:  # only one of the two is on this machine
+        return set()
+    return a & b
+
+
 def task_type_of(item) -> str:
-    """The short task type ("clean", "pick2", ...) of an item, from its folder name, without opening it."""
+    """The short task type ("clean", "pick2", ...) of an item, from its folder name."""
     return TASK_TYPES.get(Path(item).parent.parent.name.split("-")[0], "unknown")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prompts and actions
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 HISTORY = (
     2  # how many past (observation, action) pairs the prompt repeats (verl-agent's history_length)
 )
 
 INSTRUCTION = (
-    "Reason first, inside <think> </think>. Then choose one of the admissible actions and give it inside "
-    "<action> </action>."
+    "Reason first, inside <think> </think>. Then choose one of the admissible actions and give it "
+    "inside <action> </action>."
 )
 
 
 def build_prompt(obs: Observation, history=(), skills=(), keep: int = HISTORY) -> str:
-    """The user message of one step (the method's x_t; with skills, the skill-augmented prompt xs_t).
+    """The user message of one step: the method's x_t, or xs_t with skills (method 3.2).
 
-    | field                  | first step                         | later steps                              |
-    |------------------------|------------------------------------|------------------------------------------|
-    | role, task             | role only (the task is in obs)     | both                                     |
-    | skill block            | when there are skills              | when there are skills                    |
-    | history                | -                                  | steps taken, last `keep` (obs, action)   |
-    | observation            | current                            | step number, current                     |
-    | admissible actions     | quoted, one a line                 | same                                     |
-    | instruction            | think, then act                    | same                                     |
+    | field              | first step                     | later steps                            |
+    |--------------------|--------------------------------|----------------------------------------|
+    | role, task         | role only (the task is in obs) | both                                   |
+    | skill block        | when there are skills          | when there are skills                  |
+    | history            | -                              | steps taken, last `keep` (obs, action) |
+    | observation        | current                        | step number, current                   |
+    | admissible actions | quoted, one a line             | same                                   |
+    | instruction        | think, then act                | same                                   |
 
     history   [(observation text, action), ...] of this episode, oldest first
     skills    [(condition, strategy), ...]; empty for the plain prompt
@@ -569,13 +584,14 @@ def build_prompt(obs: Observation, history=(), skills=(), keep: int = HISTORY) -
 
 
 def build_mining_prompt(task: str, task_type: str, steps, known=(), obs_chars: int = 200) -> str:
-    """The user message that asks the policy for one skill from one of its own solved episodes (method 5.1).
+    """The user message that asks the policy for a skill from an episode it solved (method 5.1).
 
-    steps      [(observation text, action), ...] of the whole episode; each observation is cut to `obs_chars`
+    steps      [(observation text, action), ...] of the episode; texts are cut to `obs_chars`
     known      conditions of the skills this bucket already has, not to be repeated
     """
     lines = [
-        f"You solved a task of the kind '{task_type}' in the text game ALFWorld. Extract one reusable skill from it.",
+        f"You solved a task of the kind '{task_type}' in the text game ALFWorld. "
+        "Extract one reusable skill from it.",
         f"Task: {task}.",
         "What you saw and did:",
     ]
@@ -587,7 +603,8 @@ def build_mining_prompt(task: str, task_type: str, steps, known=(), obs_chars: i
             + "; ".join(f"when {condition}" for condition in known)
         )
     lines.append(
-        "Write a general rule without object numbers, in at most two sentences. Answer with JSON only: "
+        "Write a general rule without object numbers, in at most two sentences. "
+        "Answer with JSON only: "
         '{"condition": "when it applies", "strategy": "what to do"}'
     )
     return "\n".join(lines)
@@ -598,8 +615,12 @@ CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\
 
 
 def parse_action(text: str, fallback_chars: int = FALLBACK_CHARS) -> tuple:
-    """A response -> (action, valid). Valid is a matter of format only: an <action> element, a <think> element, no
-    CJK character. A well-formed action that the world does not admit is valid, and the world says nothing happens."""
+    """A response -> (action in lower case, valid).
+
+    Valid is a matter of format: <action>...</action>, <think> and </think>, no CJK character. A
+    well-formed action the world does not admit is valid; nothing happens. Without an action the
+    last `fallback_chars` characters are sent to the world (method 3.1).
+    """
     match = re.search(r"<action>(.*?)</action>", text, re.S | re.I)
     if not match:
         return text[-fallback_chars:].lower(), False

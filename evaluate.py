@@ -43,13 +43,13 @@ class Evaluation:
     )
 
 
-def evaluate(model, tokenizer, config, items, *, temperature, bank=None, seed=0) -> list:
+def evaluate(model, tokenizer, config, items, temperature, bank=None) -> list:
     """One episode for each item, in waves of 256 -> [Episode]."""
     episodes = []
     for start in range(0, len(items), 256):
-        plan = plan_rollouts(
-            items[start : start + 256], config, bank, ("active",), members=1, skilled=1
-        )
+        wave = items[start : start + 256]
+        plan = plan_rollouts(wave, config, bank, ("active",), members=1, skilled=1)
+        seed = config.seed + start
         episodes += rollout(
             model, tokenizer, config, plan, temperature=temperature, seed=seed, desc="evaluate"
         )
@@ -78,69 +78,47 @@ def table(episodes) -> dict:
     return result
 
 
-def main():
-    config, choice = common.parse_config("evaluate", __doc__.split("\n")[0], Evaluation)
-    device = common.set_up(config)
-    items = envs.list_items(config.env, choice.eval_split, config.data)
-    if (
-        set(items) & set(envs.list_items(config.env, config.split, config.data))
-        and choice.eval_split != config.split
-    ):
-        raise UserError(
-            f"splits {config.split} and {choice.eval_split} share items; an evaluation must not see training tasks"
-        )
-    if choice.eval_items:
-        items = items[:: max(1, len(items) // choice.eval_items)][: choice.eval_items]
+def choose(config, choice):
+    """The checkpoint's name in a run, or a model -> (model path, skill bank or None)."""
     root, name = Path("runs") / config.run, choice.checkpoint
     if name in ("warmup", "mine", "distill"):
         path = root / name / "model"
         if not path.exists():
-            raise UserError(
-                f"{path} is missing: run `python {name}.py --run {config.run}` first, or give --checkpoint init"
-            )
+            remedy = f"run `python {name}.py --run {config.run}`, or use --checkpoint init"
+            raise UserError(f"{path} is missing: {remedy}")
     else:
         path = config.model if name == "init" else name
-    bank = None
-    if choice.skills:
-        folder = path.parent if name in ("mine", "distill") else root / "mine"
-        bank = SkillBank.load(folder / "skills.jsonl", config)
-    model, tokenizer = common.load_policy(path, config, device, trainable=False)
-    episodes = evaluate(
-        model,
-        tokenizer,
-        config,
-        items,
-        temperature=choice.eval_temperature,
-        bank=bank,
-        seed=config.seed,
-    )
+    folder = root / ("distill" if name == "distill" else "mine")
+    return path, SkillBank.load(folder, config) if choice.skills else None
 
-    results = table(episodes)
-    print(
-        f"{name}{' with skills' if bank else ''}: {len(items)} items of {choice.eval_split}, T={choice.eval_temperature}"
-    )
-    print(
-        f"{'task type':<10}{'solved':>10}{'success':>10}{'95% interval':>18}{'score':>8}{'steps':>8}"
-    )
+
+def main():
+    config, choice = common.parse_config("evaluate", __doc__.split("\n")[0], Evaluation)
+    device = common.set_up(config)
+    items = envs.list_items(config.env, choice.eval_split, config.data)
+    shared = envs.shared_items(config.env, config.split, choice.eval_split, config.data)
+    if shared:
+        raise UserError(f"{len(shared)} items are in {config.split} and {choice.eval_split} both")
+    if choice.eval_items:
+        items = items[:: max(1, len(items) // choice.eval_items)][: choice.eval_items]
+    path, bank = choose(config, choice)
+    model, tokenizer = common.load_policy(path, config, device, trainable=False)
+    episodes = evaluate(model, tokenizer, config, items, choice.eval_temperature, bank)
+
+    results, name = table(episodes), choice.checkpoint
+    arm = "with skills" if bank else "plain prompt"
+    print(f"{name}, {arm}: {len(items)} items of {choice.eval_split}, T={choice.eval_temperature}")
+    print(f"{'task type':<10}{'solved':>10}{'success':>10}{'95% interval':>18}{'score':>8}  steps")
     for task_type, r in results.items():
-        interval = f"[{r['low']:.3f}, {r['high']:.3f}]"
-        counts = f"{r['solved']}/{r['n']}"
-        print(
-            f"{task_type:<10}{counts:>10}{r['success']:>10.3f}{interval:>18}{r['score']:>8.3f}{r['steps']:>8.1f}"
-        )
-    label = Path(name).name if "/" in name else name
-    out = Path(
-        choice.out or root / f"eval-{choice.eval_split}-{label}{'-skills' if bank else ''}.json"
-    )
-    record = {
-        "checkpoint": str(path),
-        "split": choice.eval_split,
-        "temperature": choice.eval_temperature,
-    }
-    record |= {"seed": config.seed, "skills": bool(bank), "results": results}
-    record["items"] = {
-        e.item: {"success": e.success, "score": e.score, "steps": len(e.steps)} for e in episodes
-    }
+        counts, interval = f"{r['solved']}/{r['n']}", f"[{r['low']:.3f}, {r['high']:.3f}]"
+        line = f"{task_type:<10}{counts:>10}{r['success']:>10.3f}{interval:>18}"
+        print(f"{line}{r['score']:>8.3f}{r['steps']:>7.1f}")
+    label = (Path(name).name if "/" in name else name) + ("-skills" if bank else "")
+    default = Path("runs") / config.run / f"eval-{choice.eval_split}-{label}.json"
+    out = Path(choice.out) if choice.out else default
+    record = {"checkpoint": str(path), "skills": bool(bank), "seed": config.seed}
+    record |= {"split": choice.eval_split, "temperature": choice.eval_temperature}
+    record |= {"results": results, "items": {e.item: e.success for e in episodes}}
     common.write_atomically(out, json.dumps(record, indent=1))
     print(f"written to {out}")
 

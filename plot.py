@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common import UserError, run_script
+from common import UserError, read_jsonl, run_script
 
 PHASES = {
     "warmup": "phase 0: warm-up",
@@ -24,12 +24,6 @@ PHASES = {
     "distill": "phase 2: internalization",
 }
 PLAIN, SKILL, GREEN, GRAY = "#1f5fa8", "#d9822b", "#3a8f5c", "#8a8f98"
-
-
-def read_jsonl(path):
-    if not path.exists():
-        raise UserError(f"{path}: no such file; run warmup.py first, or give another --run")
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def smooth(values, width=3):
@@ -42,6 +36,8 @@ def smooth(values, width=3):
 
 
 def draw(root: Path, out: Path):
+    if not (root / "metrics.jsonl").exists():
+        raise UserError(f"{root}/metrics.jsonl: no such file; run warmup.py, or give another --run")
     records = read_jsonl(root / "metrics.jsonl")
     x = list(range(1, len(records) + 1))
     column = lambda name: [r.get(name) for r in records]  # noqa: E731

@@ -19,7 +19,6 @@ models.
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 import envs
@@ -28,7 +27,7 @@ GAMES = Path(
     "runs/tiny-games"
 )  # laid out like $ALFWORLD_DATA: json_2.1.1/<split>/<task>/<trial>/game.tw-pddl
 POLICY = Path(__file__).resolve().parent / "tiny_policy"
-SPLITS = {"train": 960, "valid_seen": 240}  # games of each split, one task type after the other
+SPLITS = {"train": 900, "valid_seen": 180}  # games of each split, one task type after the other
 
 # --------------------------------------------------------------------------------------------------
 # Games
@@ -41,7 +40,8 @@ ROOMS = {  # kind of room: (receptacles it always has, receptacles to draw from)
     ),
     "livingroom": (
         "",
-        "Sofa ArmChair CoffeeTable SideTable Shelf Shelf Drawer Cabinet DiningTable GarbageCan Dresser",
+        "Sofa ArmChair CoffeeTable SideTable Shelf Shelf Drawer Cabinet DiningTable GarbageCan "
+        "Dresser",
     ),
     "bedroom": ("", "Bed Desk Desk Drawer Drawer Dresser Shelf SideTable GarbageCan ArmChair"),
     "bathroom": (
@@ -57,6 +57,11 @@ ROOMS_OF = {  # task type: where it can be played
     "pick_cool_then_place_in_recep": ["kitchen"],
     "pick_two_obj_and_place": ["kitchen", "livingroom", "bedroom"],
 }
+OBJECTS = set(  # a small vocabulary for a small policy
+    "Apple Bread Cup Egg Lettuce Mug Plate Potato Tomato Bowl Pan Pot Knife Fork Spoon Book CD "
+    "CellPhone CreditCard KeyChain Laptop Newspaper Pen Pencil Pillow RemoteControl Watch Vase "
+    "Cloth SoapBar SoapBottle SprayBottle ToiletPaper HandTowel Candle".split()
+)
 NEEDS = {  # task type: the trait its object must have
     "pick_clean_then_place_in_recep": "Cleanable",
     "pick_heat_then_place_in_recep": "Heatable",
@@ -82,10 +87,8 @@ def make_game(task_type: str, rng: random.Random, number: int) -> tuple:
     from alfworld.gen.goal_library import gdict
     from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
 
-    holds = {  # receptacle type -> object types it can hold, without slices
-        r: sorted(o for o in objects if not o.endswith("Sliced"))
-        for r, objects in constants.VAL_RECEPTACLE_OBJECTS.items()
-    }
+    allowed = constants.VAL_RECEPTACLE_OBJECTS
+    holds = {r: sorted(OBJECTS & objects) for r, objects in allowed.items()}  # of each receptacle
     room = rng.choice(ROOMS_OF[task_type])
     always, optional = (names.split() for names in ROOMS[room])
     receptacles = always + rng.sample(optional, min(len(optional), rng.randint(6, 9) - len(always)))
@@ -183,7 +186,7 @@ def make_game(task_type: str, rng: random.Random, number: int) -> tuple:
 
 
 def solve(game: envs.Game) -> list:
-    """The shortest natural solution, by someone who sees into every receptacle; proved by playing it."""
+    """The natural solution, by someone who sees into every receptacle; proved by playing it."""
     env, plan = envs.AlfWorld(game), []
     obs = env.reset()
     kind, target, place = game.goal
@@ -226,7 +229,7 @@ def solve(game: envs.Game) -> list:
 
 
 def write_games(root: Path = GAMES, splits=SPLITS, seed: int = 0) -> Path:
-    """Write the splits that are missing under `root`; deterministic from the seed, no game in two splits."""
+    """Write the missing splits under `root`, deterministic from the seed."""
     for split, count in splits.items():
         folder = root / "json_2.1.1" / split
         if len(list(folder.glob("*/*/game.tw-pddl"))) >= count:
@@ -264,7 +267,8 @@ def strategy_text(kind, appliance=None, complete=True, search="") -> str:
     """What an episode or a skill says to do; `follow` below reads it back."""
     first = f"search the {search} first, " if search else ""
     if appliance:
-        return f"{first}take the object to the {appliance} and {VERB_AT[appliance]} it there, then put it away"
+        verb = VERB_AT[appliance]
+        return f"{first}take the object to the {appliance} and {verb} it there, then put it away"
     if kind == "pick2" and complete:
         return f"{first}put one object away, then find the second one and put it there too"
     if kind == "look" and complete:
@@ -273,13 +277,13 @@ def strategy_text(kind, appliance=None, complete=True, search="") -> str:
 
 
 def habits(kind, rng) -> dict:
-    """How the ignorant demonstrator goes about a task without advice: it guesses the appliance, it forgets the rest."""
+    """The ignorant demonstrator's plan: it guesses the appliance and forgets half of the rest."""
     appliance = rng.choice(list(VERB_AT)) if kind in ("clean", "heat", "cool") else None
     return {"appliance": appliance, "complete": rng.random() < 0.4, "search": ""}
 
 
 def follow(strategies, habit, receptacles) -> dict:
-    """The demonstrator's plan after reading skills: the first one that speaks of an aspect decides it."""
+    """The plan after reading skills: the first one that speaks of an aspect decides it."""
     plan = dict(habit, complete=False)
     for strategy in reversed(strategies):
         plan["complete"] |= "second" in strategy or "lamp" in strategy
@@ -292,7 +296,16 @@ def follow(strategies, habit, receptacles) -> dict:
     return plan
 
 
-def demonstrate(env, plan, rng, max_steps=16):
+def thought(obs, target, held) -> str:
+    """What the tiny policy thinks: what it wants, and whether it is in sight. No plan."""
+    if held:
+        return f"I hold {held}"
+    seen = [a for a in obs.admissible if a.startswith(f"take {target} ")]
+    number = seen[0].split(" from ")[0].rsplit(" ", 1)[1] if seen else ", not here"
+    return f"I want {target}{'' if not seen else ' '}{number}"
+
+
+def demonstrate(env, plan, rng, max_steps=20):
     """Play one episode by `plan` from what can be seen -> [(observation, thought, action)], whether
     it was solved.
 
@@ -313,7 +326,7 @@ def demonstrate(env, plan, rng, max_steps=16):
         return f"go to {goals[0]}" if goals else "look"
 
     here = None
-    while len(steps) < max_steps and idle < 3:
+    while len(steps) < max_steps and idle < 2:
         held = env.held and game.name[env.held]
         act = None
         offers = [a for a in obs.admissible if a.startswith(f"take {target} ")]
@@ -367,11 +380,11 @@ def demonstrate(env, plan, rng, max_steps=16):
                 act = f"open {here}"
             else:
                 act = travel(place)
-        if rng.random() < 0.04:
+        if rng.random() < 0.03:
             act = rng.choice(obs.admissible)
         if act not in obs.admissible:
             act = "look"
-        steps.append((obs, f"I hold a {target}" if held else f"I need a {target}", act))
+        steps.append((obs, thought(obs, target, held), act))
         if act.startswith("go to "):
             here = act.removeprefix("go to ")
             at = ring.index(here)
@@ -382,7 +395,7 @@ def demonstrate(env, plan, rng, max_steps=16):
 
 
 def lessons(count, seed):
-    """`count` (prompt, response) pairs for imitation: half plain, a third under skills, the rest summaries."""
+    """`count` (prompt, response) pairs: plain steps, steps under skills, and summaries."""
     rng = random.Random(f"{seed} lessons")
     types, pairs, number = list(ROOMS_OF), [], 500_000
     while len(pairs) < count:
@@ -405,17 +418,15 @@ def lessons(count, seed):
                 plan = follow([strategy for _, strategy in skills], plan, receptacles)
             steps, _ = demonstrate(envs.AlfWorld(game), plan, rng)
             history = []
-            for obs, thought, action in steps:
-                answer = f"<think>{thought}</think><action>{action}</action>"
-                searching = thought.startswith("I need") and action.startswith(("go to", "open"))
+            for obs, words, action in steps:
+                answer = f"<think>{words}</think><action>{action}</action>"
+                searching = "not here" in words and action.startswith(("go to", "open"))
                 if not searching or rng.random() < 0.5:  # the long search would drown the rest
                     pairs.append((envs.build_prompt(obs, history, skills), answer))
                 history.append((obs.text, action))
-            if rng.random() < 0.5:
-                used = next(
-                    (a.split(" with ")[1].rsplit(" ", 1)[0] for _, a in history if " with " in a),
-                    None,
-                )
+            if rng.random() < 0.7:
+                used = [a.split(" with ")[1].rsplit(" ", 1)[0] for _, a in history if " with " in a]
+                used = next((appliance for appliance in used if appliance in VERB_AT), None)
                 finished = sum(a.startswith("move ") for _, a in history) > 1 or any(
                     a.startswith("use ") for _, a in history
                 )
@@ -453,7 +464,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts):
-    """A byte-level BPE whose chunks are words, numbers and runs of punctuation: any text round-trips exactly."""
+    """A byte-level BPE over words, numbers and punctuation; any text round-trips exactly."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -483,8 +494,8 @@ def train_tokenizer(texts):
     return fast
 
 
-def train_policy(out: Path, seed=0, count=120_000, lr=2e-3, rows=32, hidden=128, layers=4):
-    """Imitation: next-token loss on the responses of `count` lessons, one pass, cosine learning rate. Saves HF format."""
+def train_policy(out: Path, seed=0, count=60_000, lr=2e-2, rows=32, hidden=128, layers=4):
+    """Imitation of `count` lessons in one pass; saves HF format -> held-out loss."""
     import torch
     import torch.nn.functional as F
     from tqdm import tqdm
@@ -519,11 +530,12 @@ def train_policy(out: Path, seed=0, count=120_000, lr=2e-3, rows=32, hidden=128,
     answers = [ids + [tokenizer.eos_token_id] for ids in encode([answer for _, answer in pairs])]
     lengths = [len(p) for p in prompts]
     print(
-        f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {count} lessons of {sum(lengths) / count:.0f} tokens"
+        f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, "
+        f"{count} lessons of {sum(lengths) / count:.0f} tokens"
     )
 
-    held_out = range(count - 512, count)
-    order = list(range(count - 512))
+    kept = count - min(512, count // 5)  # the rest measures the result
+    order = list(range(kept))
     random.Random(seed).shuffle(order)
     chunks = [
         sorted(order[i : i + 16 * rows], key=lengths.__getitem__)
@@ -531,10 +543,15 @@ def train_policy(out: Path, seed=0, count=120_000, lr=2e-3, rows=32, hidden=128,
     ]
     batches = [chunk[i : i + rows] for chunk in chunks for i in range(0, len(chunk), rows)]
     random.Random(seed).shuffle(batches)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=len(batches), pct_start=0.03
-    )
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=lr / 4, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    once = {"total_steps": len(batches), "pct_start": 0.03, "cycle_momentum": False}
+    cycle = torch.optim.lr_scheduler.OneCycleLR
+    schedules = [cycle(o, o.param_groups[0]["lr"], **once) for o in optimizers]
 
     def loss_on(batch):
         """Next-token loss on the responses, and on the prompts -> two scalars."""
@@ -551,14 +568,16 @@ def train_policy(out: Path, seed=0, count=120_000, lr=2e-3, rows=32, hidden=128,
     bar = tqdm(batches, desc="imitation", unit="batch")
     for batch in bar:
         loss, prompt_loss = loss_on(batch)
-        optimizer.zero_grad()
-        (loss + prompt_loss).backward()  # the prompts teach it to copy names, which the responses need
+        model.zero_grad()
+        (loss + prompt_loss).backward()  # the prompts teach copying names; responses need it
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for o, schedule in zip(optimizers, schedules):
+            o.step()
+            schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", prompt_loss=f"{prompt_loss.item():.3f}")
     with torch.no_grad():
-        final = sum(loss_on(held_out[i : i + 64])[0].item() for i in range(0, 512, 64)) / 8
+        held_out = [loss_on(range(i, min(i + 64, count)))[0].item() for i in range(kept, count, 64)]
+    final = sum(held_out) / len(held_out)
     print(f"held-out loss {final:.3f} nats a token -> {out}")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -576,7 +595,7 @@ def main():
     train = commands.add_parser("train", help="train the tiny policy and its tokenizer")
     train.add_argument("--out", type=Path, default=POLICY)
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--count", type=int, default=120_000, help="lessons to learn from")
+    train.add_argument("--count", type=int, default=60_000, help="lessons to learn from")
     train.add_argument("--layers", type=int, default=4)
     train.add_argument("--hidden", type=int, default=128)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Fixtures: the shipped tiny policy, a few generated games, and the optional real data beside the project."""
+"""Fixtures: the shipped tiny policy, generated games, the optional real data beside the project."""
 
 import sys
 from pathlib import Path

@@ -13,7 +13,7 @@ import common
 import envs
 from common import Row, Skill, SkillBank, gigpo_advantages, internalization_loss
 
-# --- GiGPO -----------------------------------------------------------------------------------------------------
+# --- GiGPO ----------------------------------------------------------------------------------------
 
 
 def test_worked_example_in_the_docstring_is_what_the_code_computes():
@@ -88,7 +88,7 @@ def test_five_thousand_steps_take_less_than_a_fifth_of_a_second():
     assert time.perf_counter() - start < 0.2
 
 
-# --- losses ----------------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------
 
 
 def test_policy_loss_clips_from_the_right_side_and_dual_clips():
@@ -263,7 +263,7 @@ def test_update_without_rows_does_nothing(policy, config):
     assert metrics["optimizer_steps"] == 0
 
 
-# --- action tokens ---------------------------------------------------------------------------------------------
+# --- action tokens --------------------------------------------------------------------------------
 
 
 def masked_text(tokenizer, text):
@@ -283,7 +283,7 @@ def test_action_mask_covers_the_action_and_its_closing_tag_only(policy):
 
 
 def test_action_mask_with_a_tokenizer_that_splits_the_tags():
-    """A byte-level BPE without tag tokens, as Qwen's: tags are several tokens, and a bracket may merge with a letter."""
+    """A BPE without tag tokens, as Qwen's: a tag is several, its bracket may merge with a letter."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -307,7 +307,7 @@ def test_action_mask_with_a_tokenizer_that_splits_the_tags():
     assert not mask[-1] and not mask[0]
 
 
-# --- generation ------------------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------
 
 
 def test_greedy_tokens_equal_hf_generate(policy):
@@ -333,7 +333,7 @@ def test_sampling_is_a_function_of_the_seed(policy):
     assert len({tuple(ids) for ids in sample(1)}) > 1  # rows draw independently
 
 
-# --- rollout ---------------------------------------------------------------------------------------------------
+# --- rollout --------------------------------------------------------------------------------------
 
 
 def test_paired_halves_share_the_game_and_the_initial_observation(policy, config):
@@ -379,7 +379,7 @@ def test_a_long_prompt_loses_history_first_then_names_the_game(policy, config):
     tokenizer = policy[1]
     episode = common.Episode("some/game", "g", "task", "pick")
     episode.steps = [
-        common.Step("You see much. " * 30, [], [], "", [], [], "look", True) for _ in range(2)
+        common.Step("You see much. " * 30, [], [], "", [], [], "look", True, 0.0) for _ in range(2)
     ]
     obs = envs.Observation("You see a desk 1.", "put a mug on desk", "pick", ("look",))
     ids, _ = common.fit_prompts(tokenizer, config, [(episode, obs)])[0]
@@ -397,7 +397,7 @@ def test_empty_group_is_a_clear_error(config):
         common.plan_rollouts(["x"], config)
 
 
-# --- skills ----------------------------------------------------------------------------------------------------
+# --- skills ---------------------------------------------------------------------------------------
 
 
 def test_skill_life_cycle(config):
@@ -494,7 +494,7 @@ def test_bank_survives_its_file(config, tmp_path):
     bank.add("c", "s", "pick", iteration=3)
     bank.update(bank.skills[0], 0.5)
     bank.save(tmp_path / "skills.jsonl")
-    loaded = SkillBank.load(tmp_path / "skills.jsonl", config)
+    loaded = SkillBank.load(tmp_path, config)
     assert vars(loaded.skills[0]) == vars(bank.skills[0])
 
 

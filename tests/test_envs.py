@@ -1,4 +1,4 @@
-"""The ALFWorld engine, its files, its prompts. The full comparison with stock is `python tests/compare_alfworld.py`."""
+"""The ALFWorld engine, its files, its prompts. `compare_alfworld.py` is the full comparison."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from envs import Observation, UserError, build_prompt, parse_action
 
 
 def test_fast_engine_equals_stock_alfworld_on_generated_games(games):
-    """One game of each task type, walkthrough mixed with random and malformed actions, step by step."""
+    """A game of each type, its walkthrough mixed with random and malformed actions."""
     rng, seen = random.Random(0), set()
     for path in envs.list_items("alfworld", "valid_seen", games):
         if envs.task_type_of(path) not in seen:
@@ -58,7 +58,9 @@ def test_generated_games_are_of_all_types_and_won_by_their_walkthrough_only_at_i
 
 
 def test_train_and_held_out_games_are_disjoint(games):
-    problem = lambda p: json.loads(Path(p).read_text())["pddl_problem"].split("(:objects")[1]  # noqa: E731
+    def problem(path):
+        return json.loads(Path(path).read_text())["pddl_problem"].split("(:objects")[1]
+
     train = {problem(p) for p in envs.list_items("alfworld", "train", games)}
     held_out = {problem(p) for p in envs.list_items("alfworld", "valid_seen", games)}
     assert len(train) == len(held_out) == 12 and not train & held_out
