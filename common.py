@@ -121,9 +121,9 @@ PRESETS = {
     "tiny": dict(
         data="runs/tiny-games", model="tiny", dtype="float32", gradient_checkpointing=False,
         tasks=8, max_steps=20, max_prompt_tokens=1024, max_response_tokens=64, generation_rows=64,
-        lr=3e-4, kl_coef=0.003, minibatch_rows=128, micro_tokens=8192, mine_obs_chars=60,
-        n_req=160, warmup_iterations=12, mine_iterations=10, mine_every=3, distill_iterations=12,
-        lambda_iterations=4,
+        lr=4e-4, kl_coef=0.003, minibatch_rows=128, micro_tokens=8192,
+        n_req=200, warmup_iterations=12, mine_iterations=10, mine_every=3, mine_episodes=6,
+        mine_obs_chars=60, distill_iterations=14, lambda_iterations=4,
     ),
 }  # fmt: skip
 SAME = ("preset", "env", "engine", "data", "model", "seed", "history")  # in all phases of a run
@@ -160,7 +160,7 @@ def parse_config(phase: str, doc: str, extra=None):
 
 
 def other_config(folder, name, old, new) -> UserError:
-    remedy = "choose another --run, or delete the folder"
+    remedy = "repeat that value, choose another --run, or delete the folder"
     return UserError(f"{folder} was made with --{name} {old}, not {new}; {remedy}")
 
 
@@ -796,7 +796,7 @@ class Skill:
 class SkillBank:
     """The skills of a run, for phases 1 and 2 only; inference needs none."""
 
-    MAX_WORDS, DUPLICATE, PER_BUCKET = 80, 92, 20
+    MAX_WORDS, DUPLICATE, PER_BUCKET = 80, 90, 20
 
     def __init__(self, config):
         self.config, self.skills = config, []

@@ -56,7 +56,7 @@ class Observation:
 
 # The engine below is the meaning of one PDDL domain and one text grammar. A file with any other is
 # refused, because we would play it wrongly. These are digests without comments, blanks and the task
-# line: the games of json_2.1.1, and the texts inside the alfworld 0.4 package, which `tiny.py` uses.
+# line: the games of json_2.1.1, and the texts in the alfworld 0.4 package, which `tiny.py` uses.
 KNOWN_DOMAINS = {  # digest -> the receptacle types that clean, the only difference between the two
     "19173ff725ce": {"sinktype", "sinkbasintype"},
     "6cbbf3d0d19b": {"sinkbasintype"},

@@ -306,8 +306,8 @@ def thought(obs, target, held) -> str:
 
 
 def demonstrate(env, plan, rng, max_steps=20):
-    """Play one episode by `plan` from what can be seen -> [(observation, thought, action)], whether
-    it was solved.
+    """Play one episode by `plan` from what can be seen -> [(observation, thought, action, slip)],
+    and whether it was solved. Slips are random or wrong moves, to show how to go on after one.
 
     The search goes through the receptacles in the listed order from a random one, sometimes not
     opening a closed one; an episode the demonstrator believes to be finished goes on with a few
@@ -331,7 +331,13 @@ def demonstrate(env, plan, rng, max_steps=20):
         act = None
         offers = [a for a in obs.admissible if a.startswith(f"take {target} ")]
         offers = [a for a in offers if a.split(" from ")[0] not in placed]
-        if done:
+        slip = rng.random() < 0.06
+        if slip:
+            quiet = [a for a in obs.admissible if a.startswith(("go to", "open", "close", "look"))]
+            spot = here or ring[0]
+            wrong = [f"take {target} 1 from {spot}", f"go to {spot}", f"go to {kind_of(spot)} 3"]
+            act = rng.choice([rng.choice(quiet), rng.choice(wrong)])
+        elif done:
             act, idle = "look", idle + 1
         elif held is None:
             if offers:
@@ -380,18 +386,30 @@ def demonstrate(env, plan, rng, max_steps=20):
                 act = f"open {here}"
             else:
                 act = travel(place)
-        if rng.random() < 0.03:
-            act = rng.choice(obs.admissible)
-        if act not in obs.admissible:
+        if act not in obs.admissible and not slip:
             act = "look"
-        steps.append((obs, thought(obs, target, held), act))
-        if act.startswith("go to "):
+        steps.append((obs, thought(obs, target, held), act, slip))
+        if act.startswith("go to ") and act in obs.admissible:
             here = act.removeprefix("go to ")
             at = ring.index(here)
         obs, _, won, _ = env.step(act)
         if won:
             return steps, True
     return steps, False
+
+
+def summarize(kind, history, rng) -> str:
+    """What an instruct model would write of an episode, solved or not, as the skill's JSON."""
+    actions = [action for _, action in history]
+    tools = [a.split(" with ")[1].rsplit(" ", 1)[0] for a in actions if " with " in a]
+    appliance = next((tool for tool in tools if tool in VERB_AT), None)
+    moves = sum(a.startswith("move ") for a in actions)
+    complete = moves > 1 or any(a.startswith("use ") for a in actions)
+    takes = [a.split(" from ")[1].rsplit(" ", 1)[0] for a in actions if a.startswith("take ")]
+    condition, hint = rng.choice(CONDITIONS[kind]), rng.random() < 0.2
+    search = takes[0] if takes and hint else ""
+    strategy = strategy_text(kind, appliance, complete, search)
+    return json.dumps({"condition": condition, "strategy": strategy})
 
 
 def lessons(count, seed):
@@ -418,38 +436,15 @@ def lessons(count, seed):
                 plan = follow([strategy for _, strategy in skills], plan, receptacles)
             steps, _ = demonstrate(envs.AlfWorld(game), plan, rng)
             history = []
-            for obs, words, action in steps:
+            for obs, words, action, slip in steps:
                 answer = f"<think>{words}</think><action>{action}</action>"
                 searching = "not here" in words and action.startswith(("go to", "open"))
-                if not searching or rng.random() < 0.5:  # the long search would drown the rest
+                if not slip and (not searching or rng.random() < 0.6):  # searches are long
                     pairs.append((envs.build_prompt(obs, history, skills), answer))
                 history.append((obs.text, action))
             if rng.random() < 0.7:
-                used = [a.split(" with ")[1].rsplit(" ", 1)[0] for _, a in history if " with " in a]
-                used = next((appliance for appliance in used if appliance in VERB_AT), None)
-                finished = sum(a.startswith("move ") for _, a in history) > 1 or any(
-                    a.startswith("use ") for _, a in history
-                )
-                found = next(
-                    (
-                        a.split(" from ")[1].rsplit(" ", 1)[0]
-                        for _, a in history
-                        if a.startswith("take ")
-                    ),
-                    "",
-                )
-                summary = {
-                    "condition": rng.choice(CONDITIONS[kind]),
-                    "strategy": strategy_text(
-                        kind, used, finished, found if rng.random() < 0.4 else ""
-                    ),
-                }
-                pairs.append(
-                    (
-                        envs.build_mining_prompt(game.task, kind, history, obs_chars=60),
-                        json.dumps(summary),
-                    )
-                )
+                prompt = envs.build_mining_prompt(game.task, kind, history, obs_chars=60)
+                pairs.append((prompt, summarize(kind, history, rng)))
     return pairs[:count]
 
 

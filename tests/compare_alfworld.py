@@ -32,17 +32,25 @@ MALFORMED = [
 ]
 
 
+SECONDS = Counter()  # engine and call -> seconds, for the speeds printed at the end
+
+
+def timed(name, call, *args):
+    start = time.perf_counter()
+    result = call(*args)
+    SECONDS[name] += time.perf_counter() - start
+    return result
+
+
 def play_both(path: str, rng: random.Random, steps: int):
     """Yield (action, what differs or None) for the reset and for each of `steps` actions."""
-    stock, fast = (
-        envs.make_env("alfworld", path, engine="textworld"),
-        envs.make_env("alfworld", path),
-    )
+    stock = timed("stock start", envs.make_env, "alfworld", path, "textworld")
+    fast = timed("fast start", envs.make_env, "alfworld", path)
     walkthrough = list(json.loads(Path(path).read_text())["walkthrough"])
-    theirs, ours = stock.reset(), fast.reset()
+    theirs, ours = timed("stock start", stock.reset), timed("fast start", fast.reset)
     yield "reset", None if theirs == ours else (theirs, ours)
     for _ in range(steps):
-        quiet = [a for a in ours.admissible if not a.startswith("go to")]  # what changes the state
+        quiet = [a for a in ours.admissible if not a.startswith("go to")]  # changes the state
         draw = rng.random()
         if walkthrough and draw < 0.4:
             action = walkthrough.pop(0)
@@ -50,7 +58,7 @@ def play_both(path: str, rng: random.Random, steps: int):
             action = rng.choice(
                 quiet if draw < 0.75 else ours.admissible if draw < 0.9 else MALFORMED
             )
-        theirs, ours = stock.step(action), fast.step(action)
+        theirs, ours = timed("stock", stock.step, action), timed("fast", fast.step, action)
         yield action, None if theirs == ours else (theirs, ours)
         ours = ours[0]
 
@@ -90,7 +98,14 @@ def main():
             f"{time.time() - start:.0f} s",
             flush=True,
         )
-    print(f"{dict(played)}: {mismatches} mismatches")
+    games, steps = sum(played.values()) - played["steps"], played["steps"]
+    steps -= games  # the resets were counted too
+    print(f"{games} games, {steps} steps: {mismatches} mismatches")
+    stock, fast = SECONDS["stock"] / steps, SECONDS["fast"] / steps
+    starts = [SECONDS[f"{name} start"] / games for name in ("stock", "fast")]
+    print(f"stock: {stock * 1e3:.1f} ms a step, {starts[0]:.2f} s to load and reset a game")
+    print(f"fast:  {fast * 1e6:.1f} us a step, {starts[1] * 1e3:.2f} ms to load and reset a game")
+    print(f"{stock / fast:.0f} times as fast")
     sys.exit(1 if mismatches else 0)
 
 

@@ -144,7 +144,7 @@ def test_internalization_weight_is_clipped_and_carries_no_gradient():
     assert logprobs.grad.item() == -2.0 and advantages.grad is None
 
 
-# --- rows and log-probs ----------------------------------------------------------------------------------------
+# --- rows and log-probs ---------------------------------------------------------------------------
 
 
 def as_rows(episodes, advantage=1.0):
@@ -283,7 +283,7 @@ def test_action_mask_covers_the_action_and_its_closing_tag_only(policy):
 
 
 def test_action_mask_with_a_tokenizer_that_splits_the_tags():
-    """A BPE without tag tokens, as Qwen's: a tag is several, its bracket may merge with a letter."""
+    """A BPE without tag tokens, as Qwen's: a bracket may merge with the letter beside it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -500,16 +500,12 @@ def test_bank_survives_its_file(config, tmp_path):
 
 def test_delta_is_the_difference_of_the_halves_and_needs_both():
     skill = Skill("c", "s", "pick")
-    make = lambda group, skills, success: common.Episode(
-        "i", group, "t", "pick", skills, [], success
-    )  # noqa: E731
-    episodes = [
-        make("g", (skill,), True),
-        make("g", (skill,), True),
-        make("g", (), True),
-        make("g", (), False),
-    ]
-    episodes += [make("h", (), True), make("h", (), True)]
+
+    def make(group, skills, success):
+        return common.Episode("i", group, "t", "pick", skills, [], success)
+
+    episodes = [make("g", (skill,), True), make("g", (skill,), True), make("g", (), True)]
+    episodes += [make("g", (), False), make("h", (), True), make("h", (), True)]
     assert common.group_deltas(episodes) == {"g": 0.5}
 
 
@@ -517,3 +513,20 @@ def test_wilson_interval():
     low, high = common.wilson(119, 128)
     assert (round(low, 3), round(high, 3)) == (0.872, 0.963)
     assert common.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_gradient_checkpointing_is_on_in_training_and_changes_no_gradient(episodes, config):
+    """Transformers recomputes activations in train mode only; in eval mode the flag is silent."""
+    rows = as_rows(episodes)
+    for row in rows:
+        row.old_logprobs = torch.tensor(row.rollout_logprobs)
+    results = []
+    for on in (False, True):
+        config.gradient_checkpointing, config.lr = on, 1e-3
+        model, tokenizer = common.load_policy("tiny", config, "cpu")
+        optimizer, calls = common.make_optimizer(model, config), []
+        model.model.layers[0].mlp.register_forward_hook(lambda *_, c=calls: c.append(1))
+        common.update(model, None, optimizer, rows, config, tokenizer=tokenizer, seed=0)
+        results.append((len(calls), torch.cat([p.flatten() for p in model.parameters()])))
+    assert results[1][0] > results[0][0]  # the layer ran again in the backward pass
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=0)
