@@ -120,10 +120,10 @@ PRESETS = {
     # the embedded default (tiny.py): generated games, 0.7M parameters, minutes on 2 cores
     "tiny": dict(
         data="runs/tiny-games", model="tiny", dtype="float32", gradient_checkpointing=False,
-        tasks=8, max_steps=20, max_prompt_tokens=1024, max_response_tokens=64, generation_rows=64,
-        lr=4e-4, kl_coef=0.003, minibatch_rows=128, micro_tokens=8192,
-        n_req=200, warmup_iterations=12, mine_iterations=10, mine_every=3, mine_episodes=6,
-        mine_obs_chars=60, distill_iterations=14, lambda_iterations=4,
+        tasks=8, max_steps=14, max_prompt_tokens=1024, max_response_tokens=64, generation_rows=64,
+        lr=6e-4, kl_coef=0.003, minibatch_rows=192, micro_tokens=8192,
+        n_req=270, warmup_iterations=12, mine_iterations=12, mine_every=3, mine_episodes=6,
+        mine_obs_chars=60, distill_iterations=16, lambda_iterations=4,
     ),
 }  # fmt: skip
 SAME = ("preset", "env", "engine", "data", "model", "seed", "history")  # in all phases of a run

@@ -1,19 +1,18 @@
-"""The embedded default: small ALFWorld-format games and a tiny policy, so that everything runs with
-no download.
+"""The embedded default: small ALFWorld-format games and a tiny policy, with no download.
 
-    python tiny.py games                 # write the games under runs/tiny-games/ (the phase scripts
-                                         do this by themselves)
-    python tiny.py train --seed 0        # train the tiny policy and its tokenizer by imitation into
-                                         tiny_policy/
+    python tiny.py games                     # write runs/tiny-games/ (the phases do it too)
+    python tiny.py train --seed 0 --out base                       # how the shipped policy was made
+    python tiny.py train --start base --seed 1 --count 20000 --knows 0.4 --lr 0.01 --out next
+    python tiny.py train --start next --seed 2 --count 6000 --knows 0.3 --lr 0.005
 
-A fresh machine has no pretrained model, so a Qwen2-architecture policy of about 0.4M parameters
-plays the part of the instruct model. It learns from demonstrations by a deliberately ignorant
-demonstrator, three things an instruct model would know: to act from the plain prompt, imperfectly
-(it knows the moves, but not which appliance cleans, heats or cools, and it often forgets the second
-object or the lamp); to follow a skill written in the prompt, right or wrong; and to summarize an
-episode it is shown as a condition and a strategy. What it does not know, the three phases find out.
-It is a stand-in: it shows that the algorithm works from end to end, and nothing about language
-models.
+A fresh machine has no pretrained model, so a Qwen2-architecture policy of 0.7M parameters plays the
+part of the instruct model. It learns from demonstrations by a deliberately ignorant demonstrator,
+three things an instruct model would know: to act from the plain prompt, imperfectly (it knows the
+moves, but often forgets to clean, heat or cool, or takes the wrong appliance for it, and forgets
+the second object or the lamp); to act on a skill written in the prompt, right or wrong; and to
+summarize an episode it is shown as a condition and a strategy. What it does not know, the three
+phases find out. It is a stand-in: it shows that the algorithm works from end to end, and nothing
+about language models.
 """
 
 import argparse
@@ -276,10 +275,19 @@ def strategy_text(kind, appliance=None, complete=True, search="") -> str:
     return f"{first}find the object, take it and put it in its place"
 
 
-def habits(kind, rng) -> dict:
-    """The ignorant demonstrator's plan: it guesses the appliance and forgets half of the rest."""
-    appliance = rng.choice(list(VERB_AT)) if kind in ("clean", "heat", "cool") else None
-    return {"appliance": appliance, "complete": rng.random() < 0.4, "search": ""}
+RIGHT = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
+
+
+def habits(kind, rng, knows=0.0) -> dict:
+    """The ignorant demonstrator's plan. It often forgets the second object or the lamp; of the
+    appliance it knows nothing (knows = 0), or the right one that often, else it mostly forgets it.
+    """
+    appliance = rng.choice(list(VERB_AT)) if kind in RIGHT else None
+    if knows and kind in RIGHT:
+        draw = rng.random()
+        appliance = RIGHT[kind] if draw < knows else (None if draw < 0.9 else appliance)
+    complete = rng.random() < (0.3 if knows else 0.4)
+    return {"appliance": appliance, "complete": complete, "search": ""}
 
 
 def follow(strategies, habit, receptacles) -> dict:
@@ -412,7 +420,7 @@ def summarize(kind, history, rng) -> str:
     return json.dumps({"condition": condition, "strategy": strategy})
 
 
-def lessons(count, seed):
+def lessons(count, seed, knows=0.0):
     """`count` (prompt, response) pairs: plain steps, steps under skills, and summaries."""
     rng = random.Random(f"{seed} lessons")
     types, pairs, number = list(ROOMS_OF), [], 500_000
@@ -426,10 +434,10 @@ def lessons(count, seed):
             sorted({game.name[r].rsplit(" ", 1)[0] for r in game.rtype}),
         )
         for with_skill in (False, True):
-            plan, skills = habits(kind, rng), []
+            plan, skills = habits(kind, rng, knows), []
             if with_skill:
                 for _ in range(rng.choice([1, 1, 2])):
-                    advice = habits(kind, rng)
+                    advice = habits(kind, rng, 0.7 if knows else 0.0)
                     search = rng.choice(receptacles) if rng.random() < 0.4 else ""
                     text = strategy_text(kind, advice["appliance"], rng.random() < 0.7, search)
                     skills.append((rng.choice(CONDITIONS[kind]), text))
@@ -489,15 +497,17 @@ def train_tokenizer(texts):
     return fast
 
 
-def train_policy(out: Path, seed=0, count=60_000, lr=2e-2, rows=32, hidden=128, layers=4):
+def train_policy(
+    out: Path, seed=0, count=60_000, knows=0.0, start=None, lr=2e-2, rows=32, hidden=128, layers=4
+):
     """Imitation of `count` lessons in one pass; saves HF format -> held-out loss."""
     import torch
     import torch.nn.functional as F
     from tqdm import tqdm
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
-    pairs = lessons(count, seed)
+    pairs = lessons(count, seed, knows)
     tokenizer = train_tokenizer([prompt + answer for prompt, answer in pairs[:20_000]])
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -514,6 +524,9 @@ def train_policy(out: Path, seed=0, count=60_000, lr=2e-2, rows=32, hidden=128, 
         dtype="float32",
     )
     model = Qwen2ForCausalLM(config)
+    if start:  # go on from a policy, with its tokenizer
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+        model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32)
     encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
     chat = lambda p: [{"role": "user", "content": p}]  # noqa: E731
     prompts = encode(
@@ -591,13 +604,19 @@ def main():
     train.add_argument("--out", type=Path, default=POLICY)
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--count", type=int, default=60_000, help="lessons to learn from")
+    train.add_argument("--knows", type=float, default=0.0, help="share of right appliances")
+    train.add_argument("--start", type=Path, default=None, help="policy to go on from")
+    train.add_argument("--lr", type=float, default=2e-2)
     train.add_argument("--layers", type=int, default=4)
     train.add_argument("--hidden", type=int, default=128)
     args = parser.parse_args()
     if args.command == "games":
         print(f"games in {write_games(args.root, seed=args.seed)}")
     else:
-        train_policy(args.out, args.seed, args.count, hidden=args.hidden, layers=args.layers)
+        train_policy(
+            args.out, args.seed, args.count, args.knows, args.start, args.lr,
+            hidden=args.hidden, layers=args.layers,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
