@@ -29,6 +29,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 from rapidfuzz import fuzz
+from rapidfuzz.utils import default_process
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
@@ -121,9 +122,9 @@ PRESETS = {
     "tiny": dict(
         data="runs/tiny-games", model="tiny", dtype="float32", gradient_checkpointing=False,
         tasks=8, max_steps=14, max_prompt_tokens=1024, max_response_tokens=64, generation_rows=64,
-        lr=6e-4, kl_coef=0.003, minibatch_rows=192, micro_tokens=8192,
+        lr=3e-4, kl_coef=0.01, minibatch_rows=128, micro_tokens=8192,
         n_req=270, warmup_iterations=12, mine_iterations=12, mine_every=3, mine_episodes=6,
-        mine_obs_chars=60, distill_iterations=16, lambda_iterations=4,
+        mine_obs_chars=60, distill_iterations=18, lambda_iterations=4,
     ),
 }  # fmt: skip
 SAME = ("preset", "env", "engine", "data", "model", "seed", "history")  # in all phases of a run
@@ -809,8 +810,10 @@ class SkillBank:
         if re.search(r"\b[a-z]+ \d+\b|\bB0[A-Z0-9]{8}\b", text, re.I):  # "drawer 3", an ASIN
             return "instance"
         peers = [s for s in self.skills if s.bucket == bucket]
-        if any(fuzz.token_sort_ratio(strategy, s.strategy) >= self.DUPLICATE for s in peers):
-            return "duplicate"
+        for s in peers:
+            alike = fuzz.token_sort_ratio(strategy, s.strategy, processor=default_process)
+            if alike >= self.DUPLICATE:
+                return "duplicate"
         living = [s for s in peers if s.status != "retired"]
         if len(living) >= self.PER_BUCKET:
             min(living, key=self.value).status = "retired"
@@ -823,9 +826,9 @@ class SkillBank:
         return skill.utility + 0.1 * math.sqrt(math.log(1 + total) / (1 + skill.retrieved))
 
     def retrieve(self, task, bucket, k=3, statuses=("candidate", "active")) -> list:
-        """The skills of a group, once for all its steps (method 5.3): the best candidate, then the
-        best active ones, by 0.5 lexical match of task and condition + utility + UCB. One candidate
-        at most, so that Delta_g is its own.
+        """The skills of a group, once for all its steps (method 5.3): the least tried candidate,
+        then the best active ones, by 0.5 lexical match of task and condition + utility + UCB. One
+        candidate at most, so that Delta_g is its own.
         """
 
         def score(skill):
@@ -833,8 +836,8 @@ class SkillBank:
 
         found = [s for s in self.skills if s.bucket == bucket and s.status in statuses]
         found = sorted(found, key=score, reverse=True)
-        chosen = [s for s in found if s.status == "candidate"][:1]
-        chosen = (chosen + [s for s in found if s.status == "active"])[:k]
+        candidates = sorted((s for s in found if s.status == "candidate"), key=lambda s: s.retrieved)
+        chosen = (candidates[:1] + [s for s in found if s.status == "active"])[:k]
         for skill in chosen:
             skill.retrieved += 1
         return chosen
