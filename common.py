@@ -388,36 +388,35 @@ def rollout(model, tokenizer, config, plan, *, temperature, seed, desc="rollout"
     states = [game.reset() for game in games]
     episodes = [Episode(*p[:2], o.task, o.task_type, p[2]) for p, o in zip(plan, states)]
     running, tokens, start = list(range(len(plan))), 0, time.time()
-    bar = tqdm(total=len(plan), desc=desc, unit="episode", leave=False)
-    for t in range(config.max_steps):
-        prompts = fit_prompts(tokenizer, config, [(episodes[i], states[i]) for i in running])
-        answers = generate(
-            model, tokenizer, [used for _, used in prompts], temperature=temperature,
-            max_new_tokens=config.max_response_tokens, seed=1000 * seed + t,
-            rows=config.generation_rows,
-        )  # fmt: skip
-        still = []
-        for i, (plain, used), (ids, logprobs, text) in zip(running, prompts, answers):
-            episode, obs = episodes[i], states[i].text
-            action, valid = envs.parse_action(text)
-            states[i], reward, done, info = games[i].step(action)
-            reward *= config.success_reward
-            step = Step(obs, plain, used, text, ids, logprobs, action, valid, reward)
-            episode.steps.append(step)
-            episode.success, episode.score = info["success"], info["score"]
-            tokens += len(ids)
-            if not done:
-                still.append(i)
-        bar.update(len(running) - len(still))
-        running = still
-        invalid = np.mean([not s.valid for e in episodes for s in e.steps])
-        bar.set_postfix_str(
-            f"step {t + 1}, success {np.mean([e.success for e in episodes]):.2f}, "
-            f"invalid {invalid:.2f}, {tokens / (time.time() - start):.0f} tokens/s"
-        )
-        if not running:
-            break
-    bar.close()
+    with tqdm(total=len(plan), desc=desc, unit="episode", leave=False) as bar:
+        for t in range(config.max_steps):
+            prompts = fit_prompts(tokenizer, config, [(episodes[i], states[i]) for i in running])
+            answers = generate(
+                model, tokenizer, [used for _, used in prompts], temperature=temperature,
+                max_new_tokens=config.max_response_tokens, seed=1000 * seed + t,
+                rows=config.generation_rows,
+            )  # fmt: skip
+            still = []
+            for i, (plain, used), (ids, logprobs, text) in zip(running, prompts, answers):
+                episode, obs = episodes[i], states[i].text
+                action, valid = envs.parse_action(text)
+                states[i], reward, done, info = games[i].step(action)
+                reward *= config.success_reward
+                step = Step(obs, plain, used, text, ids, logprobs, action, valid, reward)
+                episode.steps.append(step)
+                episode.success, episode.score = info["success"], info["score"]
+                tokens += len(ids)
+                if not done:
+                    still.append(i)
+            bar.update(len(running) - len(still))
+            running = still
+            invalid = np.mean([not s.valid for e in episodes for s in e.steps])
+            bar.set_postfix_str(
+                f"step {t + 1}, success {np.mean([e.success for e in episodes]):.2f}, "
+                f"invalid {invalid:.2f}, {tokens / (time.time() - start):.0f} tokens/s"
+            )
+            if not running:
+                break
     return episodes
 
 
@@ -836,7 +835,8 @@ class SkillBank:
 
         found = [s for s in self.skills if s.bucket == bucket and s.status in statuses]
         found = sorted(found, key=score, reverse=True)
-        candidates = sorted((s for s in found if s.status == "candidate"), key=lambda s: s.retrieved)
+        candidates = [s for s in found if s.status == "candidate"]
+        candidates.sort(key=lambda s: s.retrieved)
         chosen = (candidates[:1] + [s for s in found if s.status == "active"])[:k]
         for skill in chosen:
             skill.retrieved += 1

@@ -525,7 +525,8 @@ def test_gradient_checkpointing_is_on_in_training_and_changes_no_gradient(episod
         config.gradient_checkpointing, config.lr = on, 1e-3
         model, tokenizer = common.load_policy("tiny", config, "cpu")
         optimizer, calls = common.make_optimizer(model, config), []
-        model.model.layers[0].mlp.register_forward_hook(lambda *_, c=calls: c.append(1))
+        layer = model.model.layers[0].input_layernorm
+        layer.register_forward_hook(lambda *_, c=calls: c.append(1))
         common.update(model, None, optimizer, rows, config, tokenizer=tokenizer, seed=0)
         results.append((len(calls), torch.cat([p.flatten() for p in model.parameters()])))
     assert results[1][0] > results[0][0]  # the layer ran again in the backward pass

@@ -165,13 +165,13 @@ OBS = Observation("You see a desk 1.", "put a mug in desk", "pick", ("go to desk
 
 
 def test_prompt_fields_and_order():
-    history = [("first", "a"), ("second", "b"), ("third", "c")]
+    history = [("alpha", "a"), ("beta", "b"), ("gamma", "c")]
     prompt = build_prompt(OBS, history, [("it is dark", "use the lamp")])
     order = [
         "put a mug in desk",
         "When it is dark: use the lamp",
         "Steps taken so far: 3",
-        "Observation 2: 'second'",
+        "Observation 2: 'beta'",
         "Action 3: 'c'",
         "step 4, you observe: You see a desk 1.",
         "'go to desk 1'\n'look'",
@@ -180,7 +180,7 @@ def test_prompt_fields_and_order():
     ]
     places = [prompt.index(part) for part in order]
     assert places == sorted(places)
-    assert "first" not in prompt  # only the last two steps are repeated
+    assert "alpha" not in prompt  # only the last two steps are repeated
 
 
 def test_skills_are_in_the_prompt_of_the_first_step_too_and_change_nothing_else():

@@ -122,7 +122,7 @@ def test_a_run_folder_keeps_its_config(games, tmp_path, monkeypatch):
     [
         ("--learning_rate 1", "unknown flag --learning_rate"),
         ("--lambda_maxx 1", "did you mean --lambda_max"),
-        ("--preset huge", "--preset huge: choose one of tiny"),
+        ("--preset huge", "--preset huge: choose one of"),
         ("--model ./nowhere", "./nowhere: no such model folder"),
         ("--dtype int8", "--dtype int8: choose float32"),
         ("--data /nowhere", "run alfworld-download, or set ALFWORLD_DATA or --data"),
