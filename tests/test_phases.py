@@ -127,7 +127,7 @@ def test_a_run_folder_keeps_its_config(games, tmp_path, monkeypatch):
         ("--dtype int8", "--dtype int8: choose float32"),
         ("--data /nowhere", "run alfworld-download, or set ALFWORLD_DATA or --data"),
         ("--device cuda", "no CUDA device"),
-        ("--max_prompt_tokens 50", "raise it"),
+        ("--max_prompt_tokens 50", "raise --max_prompt_tokens (50 now)"),
     ],
 )
 def test_wrong_input_ends_with_one_line_and_no_traceback(
