@@ -323,7 +323,7 @@ def demonstrate(env, plan, rng, max_steps=20):
     """
     obs, game = env.reset(), env.game
     kind, target, place = (word.removesuffix("type") for word in game.goal)
-    placed, done, worked, used, opened, idle, steps = set(), False, False, False, set(), 0, []
+    placed, done, worked, opened, idle, steps = set(), False, False, set(), 0, []
     ring = [a.removeprefix("go to ") for a in obs.admissible if a.startswith("go to ")]
     at = rng.randrange(len(ring))
     first = [r for r in ring if plan["search"] and r.startswith(plan["search"] + " ")]
