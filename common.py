@@ -121,10 +121,10 @@ PRESETS = {
     # the embedded default (tiny.py): generated games, 0.7M parameters, minutes on 2 cores
     "tiny": dict(
         data="runs/tiny-games", model="tiny", dtype="float32", gradient_checkpointing=False,
-        tasks=8, max_steps=14, max_prompt_tokens=1024, max_response_tokens=64, generation_rows=64,
-        lr=3e-4, kl_coef=0.01, minibatch_rows=128, micro_tokens=8192,
-        n_req=270, warmup_iterations=12, mine_iterations=12, mine_every=3, mine_episodes=6,
-        mine_obs_chars=60, distill_iterations=18, lambda_iterations=4,
+        tasks=16, max_steps=14, max_prompt_tokens=1024, max_response_tokens=64, generation_rows=128,
+        lr=5e-4, kl_coef=0.003, minibatch_rows=256, micro_tokens=8192, ema=0.2,
+        n_req=500, warmup_iterations=8, mine_iterations=6, mine_every=2, mine_episodes=6,
+        mine_obs_chars=60, distill_iterations=10, lambda_iterations=2,
     ),
 }  # fmt: skip
 SAME = ("preset", "env", "engine", "data", "model", "seed", "history")  # in all phases of a run

@@ -1,0 +1,620 @@
+"""WebShop as a plain-Python engine: search, catalogue, goals, reward, pages. No Java, no torch.
+
+    shop = WebShop(goal, load_catalogue("/data/webshop"))
+    page = shop.reset()                             # the page as text, its parts joined by [SEP]
+    page, score, done = shop.step("search[red shirt]")
+
+The original (github.com/princeton-nlp/WebShop) renders HTML with Flask, parses it back with
+BeautifulSoup and searches with Lucene. What an agent sees of that is a small state machine over
+five kinds of pages and a ranking that is a formula. Both are written out here and equal the
+original step by step on recorded sessions (`tests/test_webshop.py`), in microseconds a step
+instead of 11 ms.
+
+Reads the three original files, any suffix such as `_1000` accepted:
+
+| file                   | holds                                                                   |
+|------------------------|-------------------------------------------------------------------------|
+| `items_shuffle*.json`  | products: name, description, options, price, category                   |
+| `items_ins_v2*.json`   | per product its attributes, for some an instruction: the synthetic goals |
+| `items_human_ins.json` | per product the instructions written by people: the human goals         |
+
+They are read once, product by product. What the engine needs of them is cached in
+`runs/webshop-cache/`: products are fetched from disk when a page shows them and the index is
+memory-mapped, so the full catalogue of 1.18 million products need not fit in memory.
+
+Differences from the original, on purpose: prices and price limits come from a generator seeded
+with `SEED` (the original does not seed it, they change from run to run), goals are shuffled once
+(verl-agent shuffles in every worker with another seed, which puts test goals into training), and
+`search[<a> ...]`, which crashes there, finds nothing.
+"""
+
+import array
+import hashlib
+import itertools
+import json
+import random
+import re
+import shutil
+from collections import Counter, defaultdict
+from decimal import Decimal
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import regex
+from nltk.stem.porter import PorterStemmer
+from rapidfuzz import fuzz
+from rapidfuzz.utils import default_process
+
+SEED = 0  # of the prices given as a range and of the price limits
+GOAL_SEED = 0  # of the one shuffle of the goals
+RESULTS, PER_PAGE = 50, 10
+CACHE = Path("runs/webshop-cache")
+
+# --------------------------------------------------------------------------------------------------
+# Text analysis: Lucene's EnglishAnalyzer
+# --------------------------------------------------------------------------------------------------
+
+# A token by the Unicode word-break rules, as Lucene's StandardTokenizer keeps it: letters, digits
+# and underscores run together; ' and . between letters and ' . , ; between digits do not break it.
+LETTER = r"[\p{WB=ALetter}\p{WB=Hebrew_Letter}]\p{M}*"
+DIGIT, JOIN = r"\p{WB=Numeric}\p{M}*", r"\p{WB=ExtendNumLet}"
+PICTURE = (  # Extended_Pictographic as it was up to Unicode 15, Lucene's
+    r"(?![0-9#*])[\p{Emoji}\u2600-\u2605\u2607-\u2612\u2614-\u2685\u2690-\u2705"
+    r"\u2708-\u2712\u2763-\u2767\u2388\U0001F000-\U0001FAFF]"
+)
+TOKEN = regex.compile(
+    rf"{JOIN}*(?:{LETTER}|{DIGIT}|\p{{WB=Katakana}})"
+    rf"(?:{LETTER}|{DIGIT}|{JOIN}|\p{{WB=Katakana}}"
+    rf"|(?<={LETTER})[\p{{WB=MidLetter}}\p{{WB=MidNumLet}}'](?={LETTER})"
+    rf"|(?<={DIGIT})[\p{{WB=MidNum}}\p{{WB=MidNumLet}}'](?={DIGIT}))*"
+    r"|\p{Script=Han}|\p{Script=Hiragana}"
+    rf"|{PICTURE}(?:\uFE0F|\p{{Emoji_Modifier}}|\u200D{PICTURE})*"
+)
+STOP_WORDS = frozenset(
+    "a an and are as at be but by for if in into is it no not of on or such that the their then "
+    "there these they this to was will with".split()
+)
+stemmer = PorterStemmer(mode="MARTIN_EXTENSIONS")  # Porter's own later version, which Lucene has
+
+
+@lru_cache(maxsize=1 << 20)
+def term_of(token: str):
+    """A token -> its search term, or None for a stop word."""
+    token = regex.sub(r"['’＇][sS]$", "", token).lower()
+    return stemmer.stem(token, to_lowercase=False) if token and token not in STOP_WORDS else None
+
+
+def analyze(text: str) -> list:
+    """Text -> search terms: tokens, possessive 's cut, lower case, no stop words, stems.
+
+    >>> analyze("The dog's 3.5-inch RUNNING shoes")
+    ['dog', '3.5', 'inch', 'run', 'shoe']
+    """
+    return [term for token in TOKEN.findall(text) if (term := term_of(token))]
+
+
+# --------------------------------------------------------------------------------------------------
+# Search: Lucene's BM25, k1 = 0.9, b = 0.4
+# --------------------------------------------------------------------------------------------------
+
+K1, B = np.float32(0.9), np.float32(0.4)
+
+
+def stored_length(n: int) -> int:
+    """A document length as Lucene's index keeps it, in one byte: exact to 40, then four bits."""
+    if n < 24:
+        return n
+    shift = max(0, (n - 24).bit_length() - 4)
+    return 24 + ((n - 24) >> shift << shift)
+
+
+class Index:
+    """Postings of every term, as arrays: a query reads a few slices and adds them up.
+
+    score(d) = sum over query terms of w - w / (1 + f / norm(d)),  w = idf * times in the query,
+    idf = ln(1 + (N - n + 0.5) / (n + 0.5)),  norm(d) = k1 (1 - b + b length(d) / mean length),
+    each in float32, and the sum rounded to float32, so even ties fall as in Lucene (by id).
+    """
+
+    def __init__(self, folder):
+        load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")  # noqa: E731
+        self.starts, self.docs, self.weights = load("starts"), load("docs"), load("weights")
+        self.rank = load("rank")  # [N] place of each document in the order of the ids
+        self.terms = {t: i for i, t in enumerate((folder / "terms.txt").read_text().split("\n"))}
+
+    @staticmethod
+    def build(documents, ids, folder):
+        """Write the index of an iterable of texts; its arrays hold 8 bytes for each posting."""
+        terms, lengths = {}, []
+        columns = [array.array("i") for _ in range(3)]  # term, document, frequency
+        for doc, text in enumerate(documents):
+            counts = Counter(analyze(text))
+            lengths.append(counts.total())
+            for term, frequency in counts.items():
+                for column, value in zip(columns, (terms.setdefault(term, len(terms)), doc, frequency)):
+                    column.append(value)
+        term, doc, frequency = (np.frombuffer(c, np.int32) for c in columns)
+        mean = np.float32(sum(lengths) / max(1, len(lengths)))
+        stored = np.array([stored_length(n) for n in lengths], np.float32)
+        norm = np.float32(1) / (K1 * ((1 - B) + B * stored / mean))  # [N] 1 / norm(d)
+        order = np.argsort(term, kind="stable")
+        rank = np.empty(len(ids), np.int32)
+        rank[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
+        starts = np.searchsorted(term[order], np.arange(len(terms) + 1))
+        weights = frequency[order].astype(np.float32) * norm[doc[order]]  # [postings] f / norm(d)
+        for name in ("starts", "docs", "weights", "rank"):
+            np.save(folder / f"{name}.npy", doc[order] if name == "docs" else locals()[name])
+        (folder / "terms.txt").write_text("\n".join(terms))
+
+    def search(self, query: str, k: int = RESULTS) -> list:
+        """The numbers of the k best documents; a word given twice counts twice."""
+        scores, n_docs, one = np.zeros(len(self.rank)), len(self.rank), np.float32(1)
+        for term, times in Counter(analyze(query)).items():
+            if (i := self.terms.get(term)) is None:
+                continue
+            span = slice(self.starts[i], self.starts[i + 1])
+            n = int(span.stop - span.start)
+            idf = np.float32(np.log(1 + (n_docs - n + 0.5) / (n + 0.5)))
+            weight = np.float32(times) * idf
+            scores[self.docs[span]] += weight - weight / (one + self.weights[span])
+        scores = scores.astype(np.float32)
+        found = np.flatnonzero(scores)
+        if len(found) > k:  # first cut to the k best and their ties, then sort those few
+            found = found[scores[found] >= np.partition(scores[found], -k)[-k]]
+        return found[np.lexsort((self.rank[found], -scores[found]))][:k].tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# Catalogue and goals
+# --------------------------------------------------------------------------------------------------
+
+
+class DataError(ValueError):
+    """A file of the catalogue is missing or broken; one line with the remedy."""
+
+
+def find_file(folder, pattern) -> Path:
+    found = sorted(Path(folder).glob(pattern))
+    if not found:
+        remedy = "put the original WebShop files there, or set WEBSHOP_DATA or --data"
+        raise DataError(f"no {pattern} in {folder}: {remedy}")
+    return found[0]
+
+
+def stream_json(path, block=1 << 20):
+    """The elements of a JSON array, or the (key, value) pairs of a JSON object, one by one."""
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"[\s,:]*")
+    with open(path, encoding="utf-8") as file:
+        text, at, parts = file.read(block), 1, []
+        pairs = text[:1] == "{"
+        if text[:1] not in ("{", "["):
+            raise DataError(f"{path}: neither a JSON array nor an object; download it again")
+        while True:
+            at = space.match(text, at).end()
+            if text[at : at + 1] == ("}" if pairs else "]"):
+                return
+            try:
+                value, end = decode(text, at)
+                complete = end < len(text)  # else a number or a value may go on in the next block
+            except json.JSONDecodeError:
+                complete = False
+            if not complete:
+                more = file.read(max(block, len(text) - at))
+                if not more:
+                    raise DataError(f"{path}: ends in the middle; download it again")
+                text, at = text[at:] + more, 0
+                continue
+            at, parts = end, [*parts, value]
+            if len(parts) == 1 + pairs:
+                yield tuple(parts) if pairs else parts[0]
+                parts = []
+
+
+def read_product(raw: dict, attributes: dict, human: list) -> dict:
+    """An entry of items_shuffle -> what pages, search and reward use. Missing fields are empty."""
+    bullets = raw.get("small_description") or []
+    prices = [
+        float(Decimal(number))
+        for part in (raw.get("pricing") or "").split("$")[1:]
+        if (number := re.sub(r"[^\d.]", "", part).strip("."))
+    ][:2] or [100.0]
+    options = {
+        name.lower(): [
+            str(content["value"]).strip().replace("/", " | ").lower() for content in contents
+        ]
+        for name, contents in (raw.get("customization_options") or {}).items()
+        if contents is not None
+    }
+    return {
+        "asin": raw["asin"],
+        "title": raw.get("name") or "",
+        "description": raw.get("full_description") or "",
+        "bullets": bullets if isinstance(bullets, list) else [bullets],
+        "prices": prices,
+        "price_tag": "$" + " to $".join(map(str, prices)),
+        "options": options,
+        "category": raw.get("category") or "",
+        "query": (raw.get("query") or "").lower().strip(),
+        "product_category": raw.get("product_category") or "",
+        "attributes": attributes.get("attributes", ["DUMMY_ATTR"]),
+        "instruction": attributes.get("instruction"),
+        "instruction_attributes": attributes.get("instruction_attributes") or [],
+        "human": [
+            [i["instruction"], i["instruction_attributes"], i["instruction_options"]]
+            for i in human
+            if i["instruction_attributes"]
+        ],
+    }
+
+
+def document(product: dict) -> str:
+    """The one field that is searched: not the other bullets, category, brand or price."""
+    options = [f"{name}: {', '.join(values)}" for name, values in product["options"].items()]
+    bullet = (product["bullets"] or [""])[0]
+    parts = (product["title"], product["description"], bullet, ", and ".join(options))
+    return " ".join(parts).lower()
+
+
+def price_limit(price: float, rng):
+    """The larger of two of the first four multiples of ten above the price; None above 980."""
+    above = [10.0 * i for i in range(1, 100) if 10.0 * i > price][:4]
+    return max(rng.sample(above, 2)) if len(above) >= 2 else None
+
+
+def build_cache(folder, cache):
+    """Read the three files once: products.jsonl with an offset for each, prices, limits, index."""
+    part = cache.with_name(cache.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    attributes = dict(stream_json(find_file(folder, "items_ins_v2*.json")))
+    human_files = sorted(Path(folder).glob("items_human_ins*.json"))  # human goals are optional
+    human = dict(stream_json(human_files[0])) if human_files else {}
+    offsets, ids, prices, instructed = [0], [], [], []
+    seen, path = set(), part / "products.jsonl"
+    with open(path, "wb") as file:
+        for raw in stream_json(find_file(folder, "items_shuffle*.json")):
+            asin = str(raw.get("asin") or "nan")
+            if asin == "nan" or len(asin) > 10 or asin in seen:
+                continue
+            seen.add(asin)
+            product = read_product(raw, attributes.get(asin, {}), human.get(asin, []))
+            line = json.dumps(product).encode() + b"\n"
+            file.write(line)
+            offsets.append(offsets[-1] + len(line))
+            ids.append(asin)
+            prices.append(product["prices"])
+            options = [len(values) for _, values in sorted(product["options"].items())]
+            synthetic = options if product["instruction"] is not None else None
+            instructed.append((synthetic, len(product["human"]), product["category"]))
+    rng = random.Random(SEED)  # the original's order of draws: all prices, then the limits
+    drawn = [p[0] if len(p) == 1 else rng.uniform(*p) for p in prices]
+    state = rng.getstate()
+    limits = [
+        price_limit(price, rng) if synthetic is not None else None
+        for price, (synthetic, _, _) in zip(drawn, instructed)
+    ]
+    rng.setstate(state)
+    human_limits = [
+        [price_limit(price, rng) for _ in range(n)] for price, (_, n, _) in zip(drawn, instructed)
+    ]
+    table = {"ids": ids, "prices": drawn, "limits": limits, "human_limits": human_limits}
+    (part / "table.json").write_text(json.dumps(table | {"instructed": instructed}))
+    np.save(part / "offsets.npy", np.array(offsets))
+    with open(path, "rb") as file:
+        Index.build((document(json.loads(line)) for line in file), ids, part)
+    shutil.rmtree(cache, ignore_errors=True)
+    part.rename(cache)
+
+
+class Catalogue:
+    """Products by number, their drawn prices, the search index and the goals."""
+
+    def __init__(self, cache):
+        table = json.loads((cache / "table.json").read_text())
+        self.ids, self.prices = table["ids"], table["prices"]
+        self.limits, self.human_limits = table["limits"], table["human_limits"]
+        self.instructed = table["instructed"]  # (options of the goals or None, human goals, type)
+        self.number = {asin: i for i, asin in enumerate(self.ids)}
+        self.index, self.offsets = Index(cache), np.load(cache / "offsets.npy")
+        self.file = open(cache / "products.jsonl", "rb")
+        self.product = lru_cache(maxsize=4096)(self.read)
+
+    def read(self, number: int) -> dict:
+        self.file.seek(self.offsets[number])
+        return json.loads(self.file.readline())
+
+    def search(self, words: list) -> list:
+        """Products for a query; <r>, <c> and <q> as first word are the original's back doors."""
+        first, rest = words[0], " ".join(words[1:]).strip()
+        if first == "<r>":
+            return random.sample(range(len(self.ids)), min(RESULTS, len(self.ids)))
+        if first in ("<c>", "<q>"):
+            name = "category" if first == "<c>" else "query"
+            return [i for i in range(len(self.ids)) if self.read(i)[name] == rest]
+        return [] if first == "<a>" else self.index.search(" ".join(words))
+
+    def goal_names(self, human=False) -> list:
+        """Every goal as "<asin>/<number>" ("<asin>/human-<number>"), shuffled once."""
+        names = []
+        for asin, (options, n_human, _) in zip(self.ids, self.instructed):
+            if human:
+                names += [f"{asin}/human-{i}" for i in range(n_human)]
+            elif options is not None:
+                names += [f"{asin}/{i}" for i in range(int(np.prod(options, dtype=int)))]
+        random.Random(GOAL_SEED).shuffle(names)
+        return names
+
+    def split(self, name: str, human=False, rule="product", size=500) -> list:
+        """Goals of "train" or "test".
+
+        rule    "product": an eighth of the products with goals is held out, and up to `size` of
+                their goals are the test; no product is in both. "verl": the first `size` goals of
+                the shuffle are the test, as in verl-agent; 5 of 6 test products are trained on.
+        """
+        names = self.goal_names(human)
+        if rule == "verl":
+            size = min(size, len(names) // 2)
+            return names[:size] if name == "test" else names[size:]
+        products = sorted({n.split("/")[0] for n in names})
+        random.Random(GOAL_SEED).shuffle(products)
+        held_out = set(products[: max(1, len(products) // 8)])
+        if name == "test":
+            return [n for n in names if n.split("/")[0] in held_out][:size]
+        return [n for n in names if n.split("/")[0] not in held_out]
+
+    def goal(self, name: str) -> dict:
+        """A goal in the original's format. DataError for a product that is not there."""
+        asin, _, which = name.rpartition("/")
+        if asin not in self.number:
+            raise DataError(f"goal {name}: no product {asin} in this catalogue; list goals again")
+        number = self.number[asin]
+        product = self.product(number)
+        if which.startswith("human-"):
+            k = int(which[6:])
+            text, attributes, options = product["human"][k]
+            text, limit = text.strip("."), self.human_limits[number][k]
+        else:
+            names = sorted(product["options"])
+            values = itertools.product(*(product["options"][n] for n in names))
+            options = dict(zip(names, next(itertools.islice(values, int(which), None))))
+            text = product["instruction"]
+            if options:
+                text += " with " + ", and ".join(f"{k}: {v}" for k, v in options.items())
+            attributes, limit = product["instruction_attributes"], self.limits[number]
+        return {
+            "asin": asin,
+            "category": product["category"],
+            "query": product["query"],
+            "name": product["title"],
+            "product_category": product["product_category"],
+            "instruction_text": text + (f", and price lower than {limit:.2f} dollars" if limit else ""),
+            "attributes": attributes,
+            "price_upper": limit or 1000000,
+            "goal_options": options,
+        }
+
+
+@lru_cache(maxsize=4)
+def load_catalogue(folder) -> Catalogue:
+    """Open the cache of a data folder, built first where it is missing or its files changed."""
+    files = sorted(p for p in Path(folder).glob("items_*.json"))
+    find_file(folder, "items_shuffle*.json")  # a clear error before anything else
+    stamp = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime) for p in files]
+    cache = CACHE / hashlib.sha256(json.dumps([SEED, stamp]).encode()).hexdigest()[:16]
+    if not cache.exists():
+        build_cache(folder, cache)
+    return Catalogue(cache)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reward
+# --------------------------------------------------------------------------------------------------
+
+COLORS = (  # in the original's order: the first one contained in a value replaces it
+    "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown "
+    "burgundy camel camo caramel champagne charcoal cheetah chestnut chocolate christmas coffee "
+    "cognac copper coral cranberry cream crystal dark denim eggplant elephant espresso fuchsia "
+    "gold granite grape graphite grass gray green grey heather indigo ivory ivy khaki lavender "
+    "lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor "
+    "mushroom mustard natural navy nude olive orange peach pewter pink plum purple rainbow red "
+    "rose royal rust sand sapphire seashell silver skull slate steel stone stonewash sunflower "
+    "tan taupe teal tiger turquoise violet walnut wheat white wine yellow"
+).split()
+
+
+def normalize_color(value):
+    """The first colour word that `value` contains: of a string as a substring ("standard" is
+    "tan"), of a (name, value) pair as one of the two."""
+    return next((color for color in COLORS if color in value), value)
+
+
+@lru_cache(maxsize=1 << 16)
+def matches(a, b) -> bool:
+    """thefuzz.token_set_ratio(a, b) > 85, which drops Latin-1 characters and rounds."""
+    a, b = (re.sub("[\x80-\xff]", "", str(x)) for x in (a, b))
+    return round(fuzz.token_set_ratio(a, b, processor=default_process)) > 85
+
+
+@lru_cache(maxsize=1)
+def tagger():
+    """spaCy's English model where it is installed, else its tokenizer alone."""
+    import spacy  # comes with alfworld
+
+    try:
+        return spacy.load("en_core_web_sm"), True
+    except OSError:
+        print("webshop: spaCy's en_core_web_sm is not installed; every word of a title counts as")
+        print("  a noun, which can change the partial score of a wrong product, never a success")
+        return spacy.blank("en"), False
+
+
+@lru_cache(maxsize=4096)
+def nouns(title: str) -> tuple:
+    parse, tagged = tagger()
+    return tuple(
+        t.text.lower()
+        for t in parse(title)
+        if (t.pos_ in ("NOUN", "PROPN") if tagged else any(map(str.isalpha, t.text)))
+    )
+
+
+def reward(product: dict, goal: dict, price: float, chosen: dict) -> float:
+    """The original's score of a purchase, in [0, 1].
+
+        r_type (attributes found + options found + price is right) / (all of these)
+
+    r_type is 1 for the right kind of product: same query, two common levels of the category, or
+    a fifth of the goal's nouns in the title; else 0.5; with hardly a common noun 0.1, with none 0.
+    """
+    wanted = nouns(goal["name"])
+    common = len(set(nouns(product["title"])) & set(wanted))
+    title_score = common / len(wanted) if wanted else 0.2
+    levels = [{x.strip() for x in p["product_category"].split("›")} for p in (product, goal)]
+    same = product["query"] == goal["query"] or len(levels[0] & levels[1]) >= 2
+    r_type = 1.0 if same or title_score > 0.2 else 0.5
+    if title_score < 0.1:
+        r_type = 0.1 if title_score > 0 else 0.0
+
+    text = [product["title"], " ".join(map(str, product["bullets"])), product["description"]]
+    text = [t.lower() for t in text]
+    n_attributes = sum(
+        any(matches(have, want) for have in product["attributes"]) or any(want in t for t in text)
+        for want in goal["attributes"]
+    )
+    options = goal["goal_options"]  # a dict's items stay pairs, and are compared as such
+    options = [normalize_color(o) for o in (options.items() if isinstance(options, dict) else options)]
+    values = [normalize_color(value) for value in chosen.values()]
+    n_options = sum(any(matches(value, want) for value in values) for want in options)
+    right_price = price <= goal["price_upper"]
+    total = n_attributes + n_options + right_price
+    return total / (len(goal["attributes"]) + len(options) + 1) * r_type
+
+
+# --------------------------------------------------------------------------------------------------
+# Pages and actions
+# --------------------------------------------------------------------------------------------------
+
+BACK, PREV, NEXT, BUY = "Back to Search", "< Prev", "Next >", "Buy Now"
+SUBPAGES = ("Description", "Features", "Reviews", "Attributes")
+
+
+class WebShop:
+    """One shopping session. `page` is the text of the page, `clickables` what can be clicked there.
+
+    | page     | shows                                         | leads to                       |
+    |----------|-----------------------------------------------|--------------------------------|
+    | search   | the instruction                               | results                        |
+    | results  | ten products: asin, title, price              | item, other results, search    |
+    | item     | options, title, price                         | subpages, itself, done         |
+    | subpage  | description, features, reviews or attributes  | item                           |
+    | done     | the score                                     |                                |
+    """
+
+    def __init__(self, goal: dict, catalogue: Catalogue, show_attributes=False):
+        self.goal, self.catalogue, self.show_attributes = goal, catalogue, show_attributes
+
+    def reset(self) -> str:
+        self.done, self.score, self.asin, self.options = False, 0.0, None, {}
+        self.words, self.number = None, 1
+        return self.open_search()
+
+    def available(self) -> dict:
+        return {"has_search_bar": self.kind == "search", "clickables": list(self.clickables)}
+
+    def show(self, kind, parts, buttons, links=(), options=()):
+        """Make a page of text parts; a click on an option value carries the option's name."""
+        head = ["WebShop"] if kind == "search" else []
+        head += ["Instruction:", self.goal["instruction_text"]]
+        self.kind, self.page = kind, " [SEP] ".join(p.strip() for p in head + parts if p not in ("", "\n"))
+        self.clickables = dict.fromkeys([b.lower() for b in [*buttons, *links]])
+        self.clickables |= {value: name for name, values in options for value in values}
+        return self.page
+
+    def open_search(self):
+        self.asin, self.options = None, {}
+        return self.show("search", ["Search"], ["search"])
+
+    def open_results(self):
+        self.asin, self.options = None, {}
+        found = self.catalogue.search(self.words)
+        first = (self.number - 1) * PER_PAGE
+        products = [self.catalogue.product(i) for i in found[first : first + PER_PAGE]]
+        turn = [PREV, NEXT] if self.number > 1 else [NEXT]
+        parts = [BACK, f"Page {self.number} (Total results: {len(found)})", *turn]
+        for p in products:
+            parts += [p["asin"], p["title"], p["price_tag"]]
+        return self.show("results", parts, [BACK, *turn], [p["asin"] for p in products])
+
+    def open_item(self):
+        p = self.catalogue.product(self.catalogue.number[self.asin])
+        parts = [BACK, PREV]
+        for name, values in p["options"].items():
+            parts += [name, *values]
+        tabs = [t for t in SUBPAGES if t != "Attributes" or self.show_attributes]
+        parts += [p["title"], f"Price: {p['price_tag']}", "Rating: N.A.", *tabs, BUY]
+        return self.show("item", parts, [BACK, PREV, *tabs, BUY], (), p["options"].items())
+
+    def open_subpage(self, name):
+        p = self.catalogue.product(self.catalogue.number[self.asin])
+        texts = {"description": [p["description"]], "features": p["bullets"]}
+        texts |= {"reviews": [], "attributes": p["attributes"]}
+        return self.show("subpage", [BACK, PREV, *texts[name]], [BACK, PREV])
+
+    def buy(self):
+        number = self.catalogue.number[self.asin]
+        product, price = self.catalogue.product(number), self.catalogue.prices[number]
+        self.score, self.done = reward(product, self.goal, price, self.options), True
+        chosen = json.dumps(self.options, sort_keys=True)
+        for character in "<>&'":  # as the original's template writes it
+            chosen = chosen.replace(character, f"\\u{ord(character):04x}")
+        self.kind, self.clickables, self.page = "done", {}, DONE_PAGE.format(
+            asin=self.asin, options=chosen, score=self.score
+        )
+
+    def step(self, action: str):
+        """Take an action -> (page, score, done). What the page does not offer changes nothing."""
+        match = re.match(r"(.+)\[(.+)\]", action)
+        verb, target = (match[1], match[2].lower()) if match else (action, None)
+        if self.done or target is None:
+            pass
+        elif verb == "search":  # on every page, search bar or not
+            self.words, self.number = target.split(" "), 1
+            self.open_results()
+        elif verb == "click" and target in self.clickables and target != "search":
+            self.click(target)
+        return self.page, self.score, self.done
+
+    def click(self, target):
+        if target == BUY.lower():
+            self.buy()
+        elif target == BACK.lower():
+            self.open_search()
+        elif target == NEXT.lower() and self.kind == "results":
+            self.number += 1
+            self.open_results()
+        elif target == PREV.lower() and self.kind == "results":
+            self.number -= 1
+            self.open_results()
+        elif target == PREV.lower() and self.kind == "subpage":
+            self.open_item()
+        elif target == PREV.lower():
+            self.open_results()
+        elif target.capitalize() in SUBPAGES:
+            self.open_subpage(target)
+        else:
+            if self.clickables[target] is not None:
+                self.options[self.clickables[target]] = target
+            else:
+                self.asin = target.upper()
+            self.open_item()
+
+
+DONE_PAGE = (
+    "Thank you for shopping with us! [SEP] Your code: [SEP] None [SEP] (Paste it in your MTurk "
+    "interface.) [SEP] Purchased [SEP] asin [SEP] {asin} [SEP] options [SEP] {options} [SEP] attrs "
+    "[SEP] None [SEP] category [SEP] None [SEP] query [SEP] None [SEP] product category [SEP] None "
+    "[SEP] Target [SEP] asin [SEP] options [SEP] attrs [SEP] price upper [SEP] instuction text "
+    "[SEP] category [SEP] product category [SEP] query [SEP] Goal [SEP] None [SEP] Reward [SEP] "
+    "Your score (min 0.0, max 1.0) [SEP] {score} [SEP] Reward Details [SEP] None"
+)
