@@ -27,11 +27,13 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
+import optimi
 import torch
 from rapidfuzz import fuzz
 from rapidfuzz.utils import default_process
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerFast
+from transformers import Qwen2Config
 from transformers import logging as transformers_logging
 
 import envs
@@ -53,14 +55,16 @@ def flag(default, help):
 class Config:
     """Defaults are the 7B numbers of the GiGPO paper and code; a preset, then a flag, overrides."""
 
-    preset: str = flag("tiny", "set of defaults to start from: tiny, alfworld-7b, alfworld-1.5b")
+    preset: str = flag("tiny", "defaults to start from: tiny, {alfworld,webshop}-{7b,1.5b}")
     run: str = flag("tiny", "name of the run; everything is written under runs/<run>/")
     seed: int = flag(0, "seed of tasks, sampling and shuffling")
     # the world
-    env: str = flag("alfworld", "the world")
+    env: str = flag("alfworld", "the world: alfworld or webshop")
     engine: str = flag("fast", "fast: plain Python; textworld: the stock package (50 ms a step)")
-    data: str = flag("", "folder of json_2.1.1; empty: $ALFWORLD_DATA, then ~/.cache/alfworld")
+    data: str = flag("", "data folder; empty: $ALFWORLD_DATA (~/.cache/alfworld) or $WEBSHOP_DATA")
     split: str = flag("train", "split the tasks are drawn from")
+    human_goals: bool = flag(False, "WebShop: goals written by people instead of synthetic ones")
+    split_rule: str = flag("product", "WebShop: product (none in both splits) or verl (first 500)")
     max_steps: int = flag(50, "an episode ends, unsolved, after this many steps")
     history: int = flag(2, "how many past (observation, action) pairs the prompt repeats")
     # the policy
@@ -88,6 +92,7 @@ class Config:
     kl_coef: float = flag(0.01, "beta of the k3 KL to the initial policy; 0: it is never loaded")
     entropy_coef: float = flag(0.001, "weight of the entropy bonus")
     lr: float = flag(1e-6, "AdamW learning rate, constant")
+    beta2: float = flag(0.95, "AdamW's second decay; bfloat16 moments get stuck above 0.99")
     weight_decay: float = flag(0.01, "AdamW weight decay")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     minibatch_rows: int = flag(256, "rows per optimizer step")
@@ -112,22 +117,35 @@ class Config:
     advantage_clip: float = flag(1.0, "c: internalization weights are clipped to [0, c]")
     # housekeeping
     save_every: int = flag(5, "iterations between saves; a stopped phase goes on from the last")
+    dry_run: bool = flag(False, "print the memory that the run needs, part by part, and stop")
     samples: int = flag(2, "episodes written out readably in each iteration")
 
 
+SMALL = "Qwen/Qwen2.5-1.5B-Instruct"
+WEBSHOP = dict(  # the numbers of GiGPO's WebShop script where they differ (method 3.5)
+    env="webshop", max_steps=15, max_prompt_tokens=6144, minibatch_rows=64, normalize_std=False
+)
+TINY = dict(
+    dtype="float32", gradient_checkpointing=False, tasks=16, generation_rows=128,
+    max_prompt_tokens=1024, max_response_tokens=64, lr=5e-4, kl_coef=0.003, minibatch_rows=256,
+    micro_tokens=8192, beta2=0.999, ema=0.2, n_req=500, warmup_iterations=8, mine_iterations=6,
+    mine_every=2, mine_episodes=6, mine_obs_chars=60, distill_iterations=10, lambda_iterations=2,
+)  # fmt: skip
 PRESETS = {
     "alfworld-7b": {"run": "alfworld-7b"},
-    "alfworld-1.5b": {"run": "alfworld-1.5b", "model": "Qwen/Qwen2.5-1.5B-Instruct"},
-    # the embedded default (tiny.py): generated games, 0.7M parameters, minutes on 2 cores
-    "tiny": dict(
-        data="runs/tiny-games", model="tiny", dtype="float32", gradient_checkpointing=False,
-        tasks=16, max_steps=14, max_prompt_tokens=1024, max_response_tokens=64, generation_rows=128,
-        lr=5e-4, kl_coef=0.003, minibatch_rows=256, micro_tokens=8192, ema=0.2,
-        n_req=500, warmup_iterations=8, mine_iterations=6, mine_every=2, mine_episodes=6,
-        mine_obs_chars=60, distill_iterations=10, lambda_iterations=2,
+    "alfworld-1.5b": {"run": "alfworld-1.5b", "model": SMALL},
+    "webshop-7b": {"run": "webshop-7b", **WEBSHOP},
+    "webshop-1.5b": {"run": "webshop-1.5b", "model": SMALL, **WEBSHOP},
+    # the embedded default (tiny.py, tiny_shop.py): 0.7M parameters, minutes on 2 cores
+    "tiny": dict(data="runs/tiny-games", model="tiny", max_steps=14, **TINY),
+    "tiny-webshop": dict(  # also what `--preset tiny --env webshop` means
+        env="webshop", run="tiny-webshop", data="runs/tiny-shop", model="tiny-webshop",
+        max_steps=8, history=1, **TINY,
     ),
 }  # fmt: skip
-SAME = ("preset", "env", "engine", "data", "model", "seed", "history")  # in all phases of a run
+SAME = (  # in all phases of a run
+    "preset", "env", "engine", "data", "human_goals", "split_rule", "model", "seed", "history",
+)  # fmt: skip
 
 
 def parse_config(phase: str, doc: str, extra=None):
@@ -147,7 +165,8 @@ def parse_config(phase: str, doc: str, extra=None):
     first, _ = parser.parse_known_args()
     if first.preset not in PRESETS:
         raise UserError(f"--preset {first.preset}: choose one of {', '.join(PRESETS)}")
-    parser.set_defaults(**PRESETS[first.preset])
+    shop = (first.preset, first.env) == ("tiny", "webshop")
+    parser.set_defaults(**PRESETS["tiny-webshop" if shop else first.preset])
     run = Path("runs") / parser.parse_known_args()[0].run
     saved = {}
     if phase != "warmup" and (run / "config.json").exists():
@@ -166,7 +185,7 @@ def other_config(folder, name, old, new) -> UserError:
 
 
 def set_up(config: Config):
-    """Seed everything, make the embedded games where the tiny preset needs them -> the device."""
+    """Seed everything, make the embedded games or products where they are meant -> the device."""
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -174,6 +193,15 @@ def set_up(config: Config):
         import tiny  # the embedded default knows the worlds; nothing else here knows it
 
         tiny.write_games(Path(config.data))
+    elif config.data == PRESETS["tiny-webshop"]["data"]:
+        import tiny_shop
+
+        tiny_shop.write_catalogue(Path(config.data))
+    if config.dry_run:
+        import memory
+
+        print(memory.table(config))
+        sys.exit()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no CUDA device; use --device cpu")
@@ -187,6 +215,10 @@ def run_script(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        remedy = "lower --micro_tokens (update) or --generation_rows (rollout); --dry_run explains"
+        print(f"error: out of memory ({str(error).splitlines()[0]}); {remedy}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last save", file=sys.stderr)
         sys.exit(130)
@@ -197,14 +229,25 @@ def run_script(main):
 # --------------------------------------------------------------------------------------------------
 
 
-def load_policy(path, config: Config, device, trainable=True):
-    """Hub name or folder -> (model, tokenizer). "tiny" is the policy shipped with this project."""
-    if str(path) == "tiny":
-        import tiny
+SHAPES = {"qwen2.5-7b-shape": dict(  # the 7B with random weights, to measure without a download
+    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+    num_key_value_heads=4, vocab_size=152064, max_position_embeddings=32768, rope_theta=1e6,
+    tie_word_embeddings=False,
+)}  # fmt: skip
 
-        path = tiny.POLICY
-    local = Path(path).exists()
-    if not local and (str(path).count("/") != 1 or str(path).startswith((".", "/", "runs/"))):
+
+def local_path(path) -> Path | str:
+    """"tiny" and "tiny-webshop" are folders of this project; anything else stays as it is."""
+    shipped = {"tiny": "tiny_policy", "tiny-webshop": "tiny_policy_webshop"}
+    folder = Path(__file__).resolve().parent
+    return folder / shipped[str(path)] if str(path) in shipped else path
+
+
+def load_policy(path, config: Config, device, trainable=True):
+    """Hub name, folder or name of `SHAPES` -> (model, tokenizer)."""
+    path = local_path(path)
+    known = Path(path).exists() or path in SHAPES
+    if not known and (str(path).count("/") != 1 or str(path).startswith((".", "/", "runs/"))):
         raise UserError(
             f"{path}: no such model folder; give --model a folder in HF format or a hub name"
         )
@@ -214,8 +257,14 @@ def load_policy(path, config: Config, device, trainable=True):
         raise UserError(f"--dtype {config.dtype}: choose float32 or bfloat16") from None
     try:
         # tokenizer.json as it is: AutoTokenizer would put Qwen2's own pre-tokenizer in its place
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+        words = local_path("tiny") if path in SHAPES else path
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(words)
+        if path in SHAPES:
+            shape = Qwen2Config(**SHAPES[path], eos_token_id=tokenizer.eos_token_id)
+            with torch.device(device):
+                model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -233,9 +282,16 @@ def load_reference(config: Config, device):
 
 
 def make_optimizer(model, config: Config, state=None):
-    """AdamW; it goes on from `state`, through the phases too."""
+    """AdamW; it goes on from `state`, through the phases too.
+
+    A bfloat16 weight has 8 significant bits: at lr 1e-6 plain AdamW moves 2% of the weights, the
+    rest of its steps is rounded away. optimi's AdamW keeps what each weight lost in a buffer (Kahan
+    summation) and adds it once it counts. Float32 weights need and get no buffer.
+    """
     decay = config.weight_decay
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=decay)
+    optimizer = optimi.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=1e-8, weight_decay=decay
+    )
     if state:
         optimizer.load_state_dict(state)
         for group in optimizer.param_groups:  # but with the flags of this phase
@@ -399,7 +455,7 @@ def rollout(model, tokenizer, config, plan, *, temperature, seed, desc="rollout"
             still = []
             for i, (plain, used), (ids, logprobs, text) in zip(running, prompts, answers):
                 episode, obs = episodes[i], states[i].text
-                action, valid = envs.parse_action(text)
+                action, valid = envs.parse_action(text, envs.FALLBACK_CHARS[config.env])
                 states[i], reward, done, info = games[i].step(action)
                 reward *= config.success_reward
                 step = Step(obs, plain, used, text, ids, logprobs, action, valid, reward)
@@ -993,6 +1049,12 @@ class Run:
                 }  # fmt: skip
                 file.write(json.dumps(readable) + "\n")
         tqdm.write(f"{self.phase} {iteration:>3}  {line}")
+
+
+def list_items(config, split) -> list:
+    """Every item of a split of the config's world."""
+    rules = {"human_goals": config.human_goals, "split_rule": config.split_rule}
+    return envs.list_items(config.env, split, config.data, **rules)
 
 
 def draw_items(items, config, phase, iteration) -> list:

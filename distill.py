@@ -19,7 +19,6 @@ Next    python evaluate.py --run <run>
 """
 
 import common
-import envs
 from common import Row, Run, SkillBank, episode_advantages, rl_rows, rollout, rollout_metrics
 
 
@@ -46,7 +45,7 @@ def distillation_rows(episodes, advantages, deltas, tokenizer, config) -> list:
 def main():
     config = common.parse_config("distill", __doc__.split("\n")[0])
     device = common.set_up(config)
-    items = envs.list_items(config.env, config.split, config.data)
+    items = common.list_items(config, config.split)
     run = Run(config, "distill")
     source, state = run.resume_or_start(after="mine")
 

@@ -48,6 +48,7 @@ class Observation:
     task: str
     task_type: str
     admissible: tuple = ()
+    world: str = "alfworld"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -480,10 +481,27 @@ class TextWorldGame:
 # --------------------------------------------------------------------------------------------------
 
 
+WORLDS = ("alfworld", "webshop")
+EVAL_SPLIT = {"alfworld": "valid_seen", "webshop": "test"}  # what evaluate.py takes by default
+
+
 def make_env(name: str, item, engine: str = "fast"):
-    """Open one item: for "alfworld" the path of a `game.tw-pddl`. It always starts the same."""
-    if name != "alfworld":
-        raise UserError(f"--env {name}: not a world of this project; choose alfworld")
+    """Open one item; it always starts the same.
+
+    name      item
+    alfworld  the path of a `game.tw-pddl`
+    webshop   "<data folder>/<asin>/<number>" as `list_items` gives it, or a goal as a dict in the
+              original's format, for the catalogue under $WEBSHOP_DATA
+    """
+    check_world(name)
+    if name == "webshop":
+        import webshop  # its search needs a stemmer, which ALFWorld does not
+
+        if isinstance(item, dict):
+            return webshop.WebShop(item, webshop.load_catalogue(data_root(name)))
+        folder, asin, number = str(item).rsplit("/", 2)
+        catalogue = webshop.load_catalogue(folder)
+        return webshop.WebShop(catalogue.goal(f"{asin}/{number}"), catalogue)
     if engine == "textworld":
         return TextWorldGame(item)
     if engine != "fast":
@@ -491,39 +509,68 @@ def make_env(name: str, item, engine: str = "fast"):
     return AlfWorld(load_game(str(item)))
 
 
-def list_items(name: str, split: str, data: str | None = None) -> list:
-    """Every item of a split, sorted: paths of the ALFWorld games under `data`/json_2.1.1/<split>/.
+def check_world(name):
+    if name not in WORLDS:
+        raise UserError(f"--env {name}: not a world of this project; choose {' or '.join(WORLDS)}")
 
-    data    the folder that holds json_2.1.1; default $ALFWORLD_DATA, then ~/.cache/alfworld
-    Games with movable receptacles or sliced objects are left out, as stock alfworld does.
+
+def data_root(name, data=None) -> str:
+    """The data folder: `data`, else $ALFWORLD_DATA (~/.cache/alfworld) or $WEBSHOP_DATA."""
+    default = str(Path.home() / ".cache" / "alfworld") if name == "alfworld" else ""
+    root = data or os.environ.get(f"{name.upper()}_DATA") or default
+    if not root:
+        raise UserError("--env webshop: set WEBSHOP_DATA or --data to the original's JSON files")
+    return root
+
+
+def list_items(name, split, data=None, *, human_goals=False, split_rule="product") -> list:
+    """Every item of a split, in a fixed order: what `make_env` opens.
+
+    data          the folder that holds json_2.1.1, or WebShop's three JSON files; see `data_root`
+    human_goals   WebShop: goals written by people instead of the synthetic ones
+    split_rule    WebShop: "product" or "verl", see `webshop.Catalogue.split`
+    ALFWorld's games with movable receptacles or sliced objects are left out, as stock does.
     """
-    root = Path(data or os.environ.get("ALFWORLD_DATA") or Path.home() / ".cache" / "alfworld")
+    check_world(name)
+    root = Path(data_root(name, data))
+    if name == "webshop":
+        import webshop
+
+        if split not in ("train", "test"):
+            raise UserError(f"--env webshop has no split {split}: choose train or test")
+        if split_rule not in ("product", "verl"):
+            raise UserError(f"--split_rule {split_rule}: choose product or verl")
+        goals = webshop.load_catalogue(str(root)).split(split, human_goals, split_rule)
+        if not goals:
+            raise UserError(f"no goals in {root}: its files have no instructions of this kind")
+        return [f"{root}/{goal}" for goal in goals]
     folder = root / "json_2.1.1" / split
     if not folder.is_dir():
         found = sorted(p.name for p in (root / "json_2.1.1").glob("*") if p.is_dir())
-        remedy = (
-            f"choose one of {found}"
-            if found
-            else "run alfworld-download, or set ALFWORLD_DATA or --data"
-        )
+        remedy = "run alfworld-download, or set ALFWORLD_DATA or --data"
+        remedy = f"choose one of {found}" if found else remedy
         raise UserError(f"no data folder {folder} for --env {name}, split {split}: {remedy}")
     games = sorted(str(path) for path in folder.glob("*/*/game.tw-pddl"))
     games = [path for path in games if "movable" not in path and "Sliced" not in path]
     if not games:
-        raise UserError(
-            f"no game.tw-pddl in {folder}: run alfworld-download again, or choose another split"
-        )
+        remedy = "run alfworld-download again, or choose another split"
+        raise UserError(f"no game.tw-pddl in {folder}: {remedy}")
     return games
 
 
-def shared_items(name: str, split: str, other: str, data: str | None = None) -> set:
-    """Games that are in two splits at once; an evaluation must not see training games."""
+def shared_items(name, split, other, data=None, *, human_goals=False, split_rule="product") -> set:
+    """Games, or products with goals, that are in two splits at once; under `split_rule` "verl"
+    goals. An evaluation must not see training items."""
     if split == other:
         return set()
+    parts = slice(-3, -1) if name == "alfworld" else slice(-2, -1)  # the trial; the product
+    parts = slice(-2, None) if split_rule == "verl" else parts
+    options = {"human_goals": human_goals, "split_rule": split_rule}
     try:
-        a, b = ({Path(p).parts[-3:-1] for p in list_items(name, s, data)} for s in (split, other))
+        items = [list_items(name, s, data, **options) for s in (split, other)]
     except UserError:  # only one of the two is on this machine
         return set()
+    a, b = ({Path(item).parts[parts] for item in chosen} for chosen in items)
     return a & b
 
 
@@ -536,14 +583,25 @@ def task_type_of(item) -> str:
 # Prompts and actions
 # --------------------------------------------------------------------------------------------------
 
-HISTORY = (
-    2  # how many past (observation, action) pairs the prompt repeats (verl-agent's history_length)
-)
+HISTORY = 2  # how many past (observation, action) pairs a prompt repeats, as in verl-agent
+LONGEST = 13_000  # characters; a longer WebShop prompt is written without history, as in verl-agent
 
+ROLES = {
+    "alfworld": "You are an agent in a household, playing the text game ALFWorld.",
+    "webshop": "You are an agent shopping in the online store WebShop.",
+}
 INSTRUCTION = (
     "Reason first, inside <think> </think>. Then choose one of the admissible actions and give it "
     "inside <action> </action>."
 )
+
+
+def shown(text: str, world: str, task: str) -> str:
+    """An observation as a prompt shows it; of a WebShop page the quoted parts after the task."""
+    parts = text.split(" [SEP] ")
+    if world != "webshop" or task not in parts:
+        return text
+    return " [SEP] ".join(f"'{part}'" for part in parts[parts.index(task) + 1 :])
 
 
 def build_prompt(obs: Observation, history=(), skills=(), keep: int = HISTORY) -> str:
@@ -551,7 +609,8 @@ def build_prompt(obs: Observation, history=(), skills=(), keep: int = HISTORY) -
 
     | field              | first step                     | later steps                            |
     |--------------------|--------------------------------|----------------------------------------|
-    | role, task         | role only (the task is in obs) | both                                   |
+    | role, task         | ALFWorld: role only (the task  | both                                   |
+    |                    | is in obs); WebShop: both      |                                        |
     | skill block        | when there are skills          | when there are skills                  |
     | history            | -                              | steps taken, last `keep` (obs, action) |
     | observation        | current                        | step number, current                   |
@@ -561,42 +620,48 @@ def build_prompt(obs: Observation, history=(), skills=(), keep: int = HISTORY) -
     history   [(observation text, action), ...] of this episode, oldest first
     skills    [(condition, strategy), ...]; empty for the plain prompt
     """
-    parts = ["You are an agent in a household, playing the text game ALFWorld."]
-    if history:
+    parts = [ROLES[obs.world]]
+    if history or obs.world == "webshop":
         parts[0] += f" Your task is to: {obs.task}."
     if skills:
         parts.append("Experience that may help:")
         parts += [f"- When {condition}: {strategy}" for condition, strategy in skills]
+    text = shown(obs.text, obs.world, obs.task)
     if history:
+        latest = list(enumerate(history, 1))[max(0, len(history) - keep) :]
         parts.append(
             f"Steps taken so far: {len(history)}. The latest observations and your actions:"
         )
-        for n, (text, action) in list(enumerate(history, 1))[
-            len(history) - keep if keep < len(history) else 0 :
-        ]:
-            parts.append(f"[Observation {n}: '{text}', Action {n}: '{action}']")
-        parts.append(f"Now at step {len(history) + 1}, you observe: {obs.text}")
+        for n, (seen, action) in latest:
+            seen = shown(seen, obs.world, obs.task)
+            parts.append(f"[Observation {n}: '{seen}', Action {n}: '{action}']")
+        parts.append(f"Now at step {len(history) + 1}, you observe: {text}")
     else:
-        parts.append(f"You observe: {obs.text}")
+        parts.append(f"You observe: {text}")
     actions = "\n".join(f"'{action}'" for action in obs.admissible)
     parts += [f"Admissible actions: [{actions}]", INSTRUCTION]
-    return "\n".join(parts)
+    prompt = "\n".join(parts)
+    if obs.world == "webshop" and len(prompt) > LONGEST and history and keep:
+        return build_prompt(obs, history, skills, keep=0)
+    return prompt
 
 
-def build_mining_prompt(task: str, task_type: str, steps, known=(), obs_chars: int = 200) -> str:
+def build_mining_prompt(task, task_type, steps, known=(), obs_chars=200, world="alfworld") -> str:
     """The user message that asks the policy for a skill from an episode it solved (method 5.1).
 
     steps      [(observation text, action), ...] of the episode; texts are cut to `obs_chars`
     known      conditions of the skills this bucket already has, not to be repeated
     """
+    name = {"alfworld": "text game ALFWorld", "webshop": "online store WebShop"}[world]
     lines = [
-        f"You solved a task of the kind '{task_type}' in the text game ALFWorld. "
+        f"You solved a task of the kind '{task_type}' in the {name}. "
         "Extract one reusable skill from it.",
         f"Task: {task}.",
         "What you saw and did:",
     ]
     for n, (text, action) in enumerate(steps, 1):
-        lines.append(f"{n}. saw: {text.split(chr(10))[0][:obs_chars]} did: {action}")
+        seen = shown(text, world, task).split("\n")[0][:obs_chars]
+        lines.append(f"{n}. saw: {seen} did: {action}")
     if known:
         lines.append(
             "Known skills, do not repeat them: "
@@ -610,11 +675,11 @@ def build_mining_prompt(task: str, task_type: str, steps, known=(), obs_chars: i
     return "\n".join(lines)
 
 
-FALLBACK_CHARS = 30  # of an unparsable response, this much of its end is sent to ALFWorld
+FALLBACK_CHARS = {"alfworld": 30, "webshop": 20}  # of an unparsable response, sent to the world
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]")
 
 
-def parse_action(text: str, fallback_chars: int = FALLBACK_CHARS) -> tuple:
+def parse_action(text: str, fallback_chars: int = FALLBACK_CHARS["alfworld"]) -> tuple:
     """A response -> (action in lower case, valid).
 
     Valid is a matter of format: <action>...</action>, <think> and </think>, no CJK character. A

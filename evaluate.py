@@ -1,13 +1,9 @@
 """Evaluate a checkpoint on every item of a split, exactly once each.
 
-    python evaluate.py --run tiny                              # the result of distill.py, plain
-                                                               prompt
-    python evaluate.py --run tiny --checkpoint warmup          # init, warmup, mine, distill, or a
-                                                               model folder
-    python evaluate.py --run tiny --checkpoint mine --skills   # with retrieval: the memory-
-                                                               augmented baseline python evaluate.py
-                                                               --preset alfworld-7b --checkpoint
-                                                               init --eval_split valid_unseen
+    python evaluate.py --run tiny                       # the result of distill.py, plain prompt
+    python evaluate.py --run tiny --checkpoint warmup   # init, warmup, mine, distill, or a folder
+    python evaluate.py --run tiny --checkpoint mine --skills        # memory-augmented baseline
+    python evaluate.py --preset alfworld-7b --checkpoint init --eval_split valid_unseen
 
 Prints success by task type and overall with counts and Wilson 95% intervals; writes
 runs/<run>/eval-....json.
@@ -34,7 +30,7 @@ class Evaluation:
     checkpoint: str = flag(
         "distill", "init, warmup, mine or distill of the run, or a model folder or hub name"
     )
-    eval_split: str = flag("valid_seen", "split to evaluate on")
+    eval_split: str = flag("", "split to evaluate on; empty: valid_seen (ALFWorld), test (WebShop)")
     eval_temperature: float = flag(0.4, "sampling temperature; 0 is greedy")
     skills: bool = flag(False, "retrieve the run's active skills into the prompt")
     eval_items: int = flag(0, "only the first so many items, spread over the split; 0: all")
@@ -95,10 +91,12 @@ def choose(config, choice):
 def main():
     config, choice = common.parse_config("evaluate", __doc__.split("\n")[0], Evaluation)
     device = common.set_up(config)
-    items = envs.list_items(config.env, choice.eval_split, config.data)
-    shared = envs.shared_items(config.env, config.split, choice.eval_split, config.data)
+    split = choice.eval_split or envs.EVAL_SPLIT[config.env]
+    items = common.list_items(config, split)
+    rules = {"human_goals": config.human_goals, "split_rule": config.split_rule}
+    shared = envs.shared_items(config.env, config.split, split, config.data, **rules)
     if shared:
-        raise UserError(f"{len(shared)} items are in {config.split} and {choice.eval_split} both")
+        raise UserError(f"{len(shared)} items are in {config.split} and {split} both")
     if choice.eval_items:
         items = items[:: max(1, len(items) // choice.eval_items)][: choice.eval_items]
     path, bank = choose(config, choice)
@@ -107,17 +105,17 @@ def main():
 
     results, name = table(episodes), choice.checkpoint
     arm = "with skills" if bank else "plain prompt"
-    print(f"{name}, {arm}: {len(items)} items of {choice.eval_split}, T={choice.eval_temperature}")
+    print(f"{name}, {arm}: {len(items)} items of {split}, T={choice.eval_temperature}")
     print(f"{'task type':<10}{'solved':>10}{'success':>10}{'95% interval':>18}{'score':>8}  steps")
     for task_type, r in results.items():
         counts, interval = f"{r['solved']}/{r['n']}", f"[{r['low']:.3f}, {r['high']:.3f}]"
         line = f"{task_type:<10}{counts:>10}{r['success']:>10.3f}{interval:>18}"
         print(f"{line}{r['score']:>8.3f}{r['steps']:>7.1f}")
     label = (Path(name).name if "/" in name else name) + ("-skills" if bank else "")
-    default = Path("runs") / config.run / f"eval-{choice.eval_split}-{label}.json"
+    default = Path("runs") / config.run / f"eval-{split}-{label}.json"
     out = Path(choice.out) if choice.out else default
     record = {"checkpoint": str(path), "skills": bool(bank), "seed": config.seed}
-    record |= {"split": choice.eval_split, "temperature": choice.eval_temperature}
+    record |= {"split": split, "temperature": choice.eval_temperature}
     record |= {"results": results, "items": {e.item: e.success for e in episodes}}
     common.write_atomically(out, json.dumps(record, indent=1))
     print(f"written to {out}")

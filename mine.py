@@ -46,7 +46,9 @@ def mine(model, tokenizer, config, bank, successes, iteration, seed) -> Counter:
         known = [s.condition for s in bank.skills if s.bucket == bucket and s.status == "active"]
         steps = episode["steps"]
         prompts.append(
-            envs.build_mining_prompt(task, bucket, steps, known, config.mine_obs_chars)
+            envs.build_mining_prompt(
+                task, bucket, steps, known, config.mine_obs_chars, config.env
+            )
         )
     limit = config.max_response_tokens
     answers = common.generate(
@@ -62,7 +64,7 @@ def mine(model, tokenizer, config, bank, successes, iteration, seed) -> Counter:
 def main():
     config = common.parse_config("mine", __doc__.split("\n")[0])
     device = common.set_up(config)
-    items = envs.list_items(config.env, config.split, config.data)
+    items = common.list_items(config, config.split)
     run = Run(config, "mine")
     source, state = run.resume_or_start(after="warmup")
 

@@ -498,8 +498,9 @@ def train_tokenizer(texts):
 
 
 def train_policy(
-    out: Path, seed=0, count=60_000, knows=0.0, start=None, lr=2e-2, rows=32, hidden=128, layers=4
-):
+    out: Path, seed=0, count=60_000, knows=0.0, start=None, lr=2e-2, rows=32, hidden=128, layers=4,
+    world="alfworld",
+):  # fmt: skip
     """Imitation of `count` lessons in one pass; saves HF format -> held-out loss."""
     import torch
     import torch.nn.functional as F
@@ -507,7 +508,12 @@ def train_policy(
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
-    pairs = lessons(count, seed, knows)
+    if world == "webshop":
+        import tiny_shop
+
+        pairs = tiny_shop.lessons(count, seed)
+    else:
+        pairs = lessons(count, seed, knows)
     tokenizer = train_tokenizer([prompt + answer for prompt, answer in pairs[:20_000]])
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -602,6 +608,7 @@ def main():
     games.add_argument("--seed", type=int, default=0)
     train = commands.add_parser("train", help="train the tiny policy and its tokenizer")
     train.add_argument("--out", type=Path, default=POLICY)
+    train.add_argument("--world", choices=envs.WORLDS, default="alfworld")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--count", type=int, default=60_000, help="lessons to learn from")
     train.add_argument("--knows", type=float, default=0.0, help="share of right appliances")
@@ -615,7 +622,7 @@ def main():
     else:
         train_policy(
             args.out, args.seed, args.count, args.knows, args.start, args.lr,
-            hidden=args.hidden, layers=args.layers,
+            hidden=args.hidden, layers=args.layers, world=args.world,
         )  # fmt: skip
 
 

@@ -17,14 +17,13 @@ Next    python mine.py --run <run>
 """
 
 import common
-import envs
 from common import Run, episode_advantages, plain_successes, rl_rows, rollout, rollout_metrics
 
 
 def main():
     config = common.parse_config("warmup", __doc__.split("\n")[0])
     device = common.set_up(config)
-    items = envs.list_items(config.env, config.split, config.data)
+    items = common.list_items(config, config.split)
     run = Run(config, "warmup")
     state = run.resume() or {"iteration": 0, "successes": [], "finished": False}
 

@@ -1,8 +1,8 @@
 """WebShop as a plain-Python engine: search, catalogue, goals, reward, pages. No Java, no torch.
 
     shop = WebShop(goal, load_catalogue("/data/webshop"))
-    page = shop.reset()                             # the page as text, its parts joined by [SEP]
-    page, score, done = shop.step("search[red shirt]")
+    obs = shop.reset()                        # obs.text: the page, its parts joined by [SEP]
+    obs, reward, done, info = shop.step("search[red shirt]")    # 1.0 where the score is 1.0
 
 The original (github.com/princeton-nlp/WebShop) renders HTML with Flask, parses it back with
 BeautifulSoup and searches with Lucene. What an agent sees of that is a small state machine over
@@ -15,7 +15,7 @@ Reads the three original files, any suffix such as `_1000` accepted:
 | file                   | holds                                                                   |
 |------------------------|-------------------------------------------------------------------------|
 | `items_shuffle*.json`  | products: name, description, options, price, category                   |
-| `items_ins_v2*.json`   | per product its attributes, for some an instruction: the synthetic goals |
+| `items_ins_v2*.json`   | per product its attributes, maybe an instruction: the synthetic goals   |
 | `items_human_ins.json` | per product the instructions written by people: the human goals         |
 
 They are read once, product by product. What the engine needs of them is cached in
@@ -35,7 +35,7 @@ import json
 import random
 import re
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -45,6 +45,8 @@ import regex
 from nltk.stem.porter import PorterStemmer
 from rapidfuzz import fuzz
 from rapidfuzz.utils import default_process
+
+from envs import Observation, UserError
 
 SEED = 0  # of the prices given as a range and of the price limits
 GOAL_SEED = 0  # of the one shuffle of the goals
@@ -118,9 +120,9 @@ class Index:
     """
 
     def __init__(self, folder):
-        load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")  # noqa: E731
-        self.starts, self.docs, self.weights = load("starts"), load("docs"), load("weights")
-        self.rank = load("rank")  # [N] place of each document in the order of the ids
+        names = ("starts", "docs", "weights", "rank")  # rank [N]: of each id among all ids, sorted
+        arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in names)
+        self.starts, self.docs, self.weights, self.rank = arrays
         self.terms = {t: i for i, t in enumerate((folder / "terms.txt").read_text().split("\n"))}
 
     @staticmethod
@@ -132,7 +134,8 @@ class Index:
             counts = Counter(analyze(text))
             lengths.append(counts.total())
             for term, frequency in counts.items():
-                for column, value in zip(columns, (terms.setdefault(term, len(terms)), doc, frequency)):
+                posting = (terms.setdefault(term, len(terms)), doc, frequency)
+                for column, value in zip(columns, posting):
                     column.append(value)
         term, doc, frequency = (np.frombuffer(c, np.int32) for c in columns)
         mean = np.float32(sum(lengths) / max(1, len(lengths)))
@@ -143,8 +146,9 @@ class Index:
         rank[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
         starts = np.searchsorted(term[order], np.arange(len(terms) + 1))
         weights = frequency[order].astype(np.float32) * norm[doc[order]]  # [postings] f / norm(d)
-        for name in ("starts", "docs", "weights", "rank"):
-            np.save(folder / f"{name}.npy", doc[order] if name == "docs" else locals()[name])
+        arrays = {"starts": starts, "docs": doc[order], "weights": weights, "rank": rank}
+        for name, values in arrays.items():
+            np.save(folder / f"{name}.npy", values)
         (folder / "terms.txt").write_text("\n".join(terms))
 
     def search(self, query: str, k: int = RESULTS) -> list:
@@ -170,15 +174,11 @@ class Index:
 # --------------------------------------------------------------------------------------------------
 
 
-class DataError(ValueError):
-    """A file of the catalogue is missing or broken; one line with the remedy."""
-
-
 def find_file(folder, pattern) -> Path:
     found = sorted(Path(folder).glob(pattern))
     if not found:
         remedy = "put the original WebShop files there, or set WEBSHOP_DATA or --data"
-        raise DataError(f"no {pattern} in {folder}: {remedy}")
+        raise UserError(f"no {pattern} in {folder}: {remedy}")
     return found[0]
 
 
@@ -189,7 +189,7 @@ def stream_json(path, block=1 << 20):
         text, at, parts = file.read(block), 1, []
         pairs = text[:1] == "{"
         if text[:1] not in ("{", "["):
-            raise DataError(f"{path}: neither a JSON array nor an object; download it again")
+            raise UserError(f"{path}: neither a JSON array nor an object; download it again")
         while True:
             at = space.match(text, at).end()
             if text[at : at + 1] == ("}" if pairs else "]"):
@@ -202,7 +202,7 @@ def stream_json(path, block=1 << 20):
             if not complete:
                 more = file.read(max(block, len(text) - at))
                 if not more:
-                    raise DataError(f"{path}: ends in the middle; download it again")
+                    raise UserError(f"{path}: ends in the middle; download it again")
                 text, at = text[at:] + more, 0
                 continue
             at, parts = end, [*parts, value]
@@ -364,10 +364,10 @@ class Catalogue:
         return [n for n in names if n.split("/")[0] not in held_out]
 
     def goal(self, name: str) -> dict:
-        """A goal in the original's format. DataError for a product that is not there."""
+        """A goal in the original's format. UserError for a product that is not there."""
         asin, _, which = name.rpartition("/")
         if asin not in self.number:
-            raise DataError(f"goal {name}: no product {asin} in this catalogue; list goals again")
+            raise UserError(f"goal {name}: no product {asin} in this catalogue; list goals again")
         number = self.number[asin]
         product = self.product(number)
         if which.startswith("human-"):
@@ -382,13 +382,15 @@ class Catalogue:
             if options:
                 text += " with " + ", and ".join(f"{k}: {v}" for k, v in options.items())
             attributes, limit = product["instruction_attributes"], self.limits[number]
+        if limit:
+            text += f", and price lower than {limit:.2f} dollars"
         return {
             "asin": asin,
             "category": product["category"],
             "query": product["query"],
             "name": product["title"],
             "product_category": product["product_category"],
-            "instruction_text": text + (f", and price lower than {limit:.2f} dollars" if limit else ""),
+            "instruction_text": text,
             "attributes": attributes,
             "price_upper": limit or 1000000,
             "goal_options": options,
@@ -404,6 +406,7 @@ def load_catalogue(folder) -> Catalogue:
     cache = CACHE / hashlib.sha256(json.dumps([SEED, stamp]).encode()).hexdigest()[:16]
     if not cache.exists():
         build_cache(folder, cache)
+    tagger()  # spaCy takes a second to start: at the start, not at the first purchase
     return Catalogue(cache)
 
 
@@ -444,8 +447,8 @@ def tagger():
     try:
         return spacy.load("en_core_web_sm"), True
     except OSError:
-        print("webshop: spaCy's en_core_web_sm is not installed; every word of a title counts as")
-        print("  a noun, which can change the partial score of a wrong product, never a success")
+        print("webshop: no spaCy model en_core_web_sm, so every word of a title is a noun; this")
+        print("can change the partial score of a wrong product, hardly ever a success")
         return spacy.blank("en"), False
 
 
@@ -483,7 +486,8 @@ def reward(product: dict, goal: dict, price: float, chosen: dict) -> float:
         for want in goal["attributes"]
     )
     options = goal["goal_options"]  # a dict's items stay pairs, and are compared as such
-    options = [normalize_color(o) for o in (options.items() if isinstance(options, dict) else options)]
+    options = options.items() if isinstance(options, dict) else options
+    options = [normalize_color(option) for option in options]
     values = [normalize_color(value) for value in chosen.values()]
     n_options = sum(any(matches(value, want) for value in values) for want in options)
     right_price = price <= goal["price_upper"]
@@ -500,7 +504,7 @@ SUBPAGES = ("Description", "Features", "Reviews", "Attributes")
 
 
 class WebShop:
-    """One shopping session. `page` is the text of the page, `clickables` what can be clicked there.
+    """One shopping session for one goal, in the original's format.
 
     | page     | shows                                         | leads to                       |
     |----------|-----------------------------------------------|--------------------------------|
@@ -514,26 +518,54 @@ class WebShop:
     def __init__(self, goal: dict, catalogue: Catalogue, show_attributes=False):
         self.goal, self.catalogue, self.show_attributes = goal, catalogue, show_attributes
 
-    def reset(self) -> str:
-        self.done, self.score, self.asin, self.options = False, 0.0, None, {}
-        self.words, self.number = None, 1
-        return self.open_search()
+    def reset(self) -> Observation:
+        self.done, self.score, self.words, self.number = False, 0.0, None, 1
+        self.open_search()
+        return self.observe()
+
+    def step(self, action: str):
+        """Take an action -> (Observation, reward, done, info); a page ignores what it lacks.
+
+        reward        1.0 for a purchase with the full score, else 0.0
+        info          "score": the original's reward, in [0, 1]; "success": it is 1.0
+        """
+        match = re.match(r"(.+)\[(.+)\]", action)
+        verb, target = (match[1], match[2].lower()) if match else (action, "")
+        if self.done:
+            pass
+        elif verb == "search" and target:  # on every page, with or without a search bar
+            self.words, self.number = target.split(" "), 1
+            self.open_results()
+        elif verb == "click" and target in self.clickables and target != "search":
+            self.click(target)
+        success = self.done and self.score == 1.0
+        info = {"score": self.score, "success": success}
+        return self.observe(), float(success), self.done, info
 
     def available(self) -> dict:
+        """What can be done on this page, in the original's format."""
         return {"has_search_bar": self.kind == "search", "clickables": list(self.clickables)}
+
+    def observe(self) -> Observation:
+        admissible = [f"click[{name}]" for name in self.clickables]
+        if self.kind == "search":
+            admissible.insert(0, "search[<your query>]")
+        goal = self.goal
+        task, category = goal["instruction_text"], goal["category"] or "all"
+        return Observation(self.page, task, category, tuple(admissible), "webshop")
 
     def show(self, kind, parts, buttons, links=(), options=()):
         """Make a page of text parts; a click on an option value carries the option's name."""
         head = ["WebShop"] if kind == "search" else []
         head += ["Instruction:", self.goal["instruction_text"]]
-        self.kind, self.page = kind, " [SEP] ".join(p.strip() for p in head + parts if p not in ("", "\n"))
+        visible = [p.strip() for p in head + parts if p not in ("", "\n")]
+        self.kind, self.page = kind, " [SEP] ".join(visible)
         self.clickables = dict.fromkeys([b.lower() for b in [*buttons, *links]])
         self.clickables |= {value: name for name, values in options for value in values}
-        return self.page
 
     def open_search(self):
         self.asin, self.options = None, {}
-        return self.show("search", ["Search"], ["search"])
+        self.show("search", ["Search"], ["search"])
 
     def open_results(self):
         self.asin, self.options = None, {}
@@ -544,7 +576,7 @@ class WebShop:
         parts = [BACK, f"Page {self.number} (Total results: {len(found)})", *turn]
         for p in products:
             parts += [p["asin"], p["title"], p["price_tag"]]
-        return self.show("results", parts, [BACK, *turn], [p["asin"] for p in products])
+        self.show("results", parts, [BACK, *turn], [p["asin"] for p in products])
 
     def open_item(self):
         p = self.catalogue.product(self.catalogue.number[self.asin])
@@ -553,13 +585,13 @@ class WebShop:
             parts += [name, *values]
         tabs = [t for t in SUBPAGES if t != "Attributes" or self.show_attributes]
         parts += [p["title"], f"Price: {p['price_tag']}", "Rating: N.A.", *tabs, BUY]
-        return self.show("item", parts, [BACK, PREV, *tabs, BUY], (), p["options"].items())
+        self.show("item", parts, [BACK, PREV, *tabs, BUY], (), p["options"].items())
 
     def open_subpage(self, name):
         p = self.catalogue.product(self.catalogue.number[self.asin])
         texts = {"description": [p["description"]], "features": p["bullets"]}
         texts |= {"reviews": [], "attributes": p["attributes"]}
-        return self.show("subpage", [BACK, PREV, *texts[name]], [BACK, PREV])
+        self.show("subpage", [BACK, PREV, *texts[name]], [BACK, PREV])
 
     def buy(self):
         number = self.catalogue.number[self.asin]
@@ -568,22 +600,8 @@ class WebShop:
         chosen = json.dumps(self.options, sort_keys=True)
         for character in "<>&'":  # as the original's template writes it
             chosen = chosen.replace(character, f"\\u{ord(character):04x}")
-        self.kind, self.clickables, self.page = "done", {}, DONE_PAGE.format(
-            asin=self.asin, options=chosen, score=self.score
-        )
-
-    def step(self, action: str):
-        """Take an action -> (page, score, done). What the page does not offer changes nothing."""
-        match = re.match(r"(.+)\[(.+)\]", action)
-        verb, target = (match[1], match[2].lower()) if match else (action, None)
-        if self.done or target is None:
-            pass
-        elif verb == "search":  # on every page, search bar or not
-            self.words, self.number = target.split(" "), 1
-            self.open_results()
-        elif verb == "click" and target in self.clickables and target != "search":
-            self.click(target)
-        return self.page, self.score, self.done
+        self.kind, self.clickables = "done", {}
+        self.page = DONE_PAGE.format(asin=self.asin, options=chosen, score=self.score)
 
     def click(self, target):
         if target == BUY.lower():

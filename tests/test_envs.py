@@ -158,7 +158,7 @@ def test_corrupt_unsolvable_and_foreign_games_are_refused_by_name(games, tmp_pat
     ],
 )
 def test_parse_action(text, action, valid):
-    assert parse_action(text) == (action[-envs.FALLBACK_CHARS :], valid)
+    assert parse_action(text) == (action[-envs.FALLBACK_CHARS["alfworld"] :], valid)
 
 
 OBS = Observation("You see a desk 1.", "put a mug in desk", "pick", ("go to desk 1", "look"))

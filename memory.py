@@ -1,0 +1,114 @@
+"""The memory a run needs, part by part, before anything is loaded: `--dry_run` of the phases.
+
+    python warmup.py --preset alfworld-7b --dry_run
+    python memory.py --preset alfworld-1.5b          # the same table
+
+Bytes are counted from the model's shape alone (its config.json, no weights):
+
+| part        | bytes                                                                              |
+|-------------|------------------------------------------------------------------------------------|
+| weights     | P parameters, 2 (bfloat16) or 4 bytes                                              |
+| gradients   | as the weights                                                                     |
+| optimizer   | two moments, and in bfloat16 the Kahan buffer, each as the weights                 |
+| reference   | as the weights; nothing with --kl_coef 0                                           |
+| KV cache    | generation_rows x (prompt + response) x layers x 2 x KV heads x head size          |
+| activations | micro_tokens x layers x hidden size (the checkpoints) + what one layer keeps alive |
+| logits      | response tokens of a micro-batch x vocabulary, float32, three copies               |
+
+Rollout and update take turns, so the peak is the larger of the cache and the update's own parts.
+"""
+
+import common
+
+CARDS = (24, 48, 80, 141)  # GB: RTX 4090, A6000, A100/H100, H200
+GB = 1e9
+
+
+def model_config(path: str):
+    """The shape of a model: its config, local, from the hub, or one of `common.SHAPES`."""
+    from transformers import AutoConfig, Qwen2Config
+
+    if path in common.SHAPES:
+        return Qwen2Config(**common.SHAPES[path])
+    try:
+        return AutoConfig.from_pretrained(common.local_path(path))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        remedy = f"give a local folder or one of {', '.join(common.SHAPES)}"
+        raise common.UserError(f"--model {path}: no config.json ({reason}); {remedy}") from None
+
+
+def count_parameters(shape) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape).num_parameters()
+
+
+def parts(config) -> dict:
+    """Part -> bytes on the device."""
+    shape = model_config(config.model)
+    size = {"float32": 4, "bfloat16": 2}[config.dtype]
+    parameters = count_parameters(shape)
+    weights = size * parameters
+    layers, width = shape.num_hidden_layers, shape.hidden_size
+    head = getattr(shape, "head_dim", None) or width // shape.num_attention_heads
+    longest = config.max_prompt_tokens + config.max_response_tokens
+    cache = 2 * layers * shape.num_key_value_heads * head * size * longest * config.generation_rows
+    tokens = max(config.micro_tokens, longest)
+    # a layer in backward: attention and MLP intermediates of width d and of the MLP's width
+    layer = tokens * (12 * width + 4 * shape.intermediate_size) * size
+    kept = layers * layer
+    if config.gradient_checkpointing:
+        kept = layer + layers * tokens * width * size
+    responses = tokens * config.max_response_tokens / longest
+    return {
+        "parameters": parameters,
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": (3 if size == 2 else 2) * weights,
+        "reference": weights if config.kl_coef else 0,
+        "KV cache": cache,
+        "activations": kept,
+        "logits": int(3 * 4 * responses * shape.vocab_size),
+    }
+
+
+def peak(p: dict) -> float:
+    fixed = p["weights"] + p["optimizer"] + p["reference"]
+    return fixed + max(p["KV cache"], p["gradients"] + p["activations"] + p["logits"])
+
+
+def table(config) -> str:
+    """The parts, their peak, the cards it fits, and what to change for a smaller one."""
+    p = parts(config)
+    lines = [f"{config.model}: {p['parameters']:,} parameters in {config.dtype}"]
+    sizes = {name: value for name, value in p.items() if name != "parameters"}
+    lines += [f"  {name:<12}{value / GB:>9.2f} GB" for name, value in sizes.items()]
+    need = peak(p) * 1.05  # the allocator's fragments
+    lines.append(f"  {'peak':<12}{need / GB:>9.2f} GB, with 5% for fragments")
+    for card in CARDS:
+        lines.append(f"  {card:>4} GB card: {'fits' if need < card * GB else advice(p, card)}")
+    return "\n".join(lines)
+
+
+def advice(p: dict, card: float) -> str:
+    """What makes it fit, the cheapest change first."""
+    quarter = {"activations": p["activations"] / 4, "logits": p["logits"] / 4}
+    steps = []
+    for name, smaller in (
+        ("--micro_tokens a quarter", quarter),
+        ("--generation_rows a quarter", {"KV cache": p["KV cache"] / 4}),
+        ("--kl_coef 0 (no reference)", {"reference": 0}),
+    ):
+        if peak(p | smaller) < peak(p):
+            steps.append(name)
+        p = p | smaller
+        if peak(p) * 1.05 < card * GB:
+            return "with " + ", ".join(steps)
+    return "too small for this model; take a smaller --model"
+
+
+if __name__ == "__main__":
+    common.run_script(lambda: print(table(common.parse_config("memory", __doc__.split("\n")[0]))))

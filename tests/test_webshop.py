@@ -1,0 +1,292 @@
+"""The WebShop engine: search, pages, reward, goals, broken data, the recorded sessions."""
+
+import json
+import lzma
+import math
+import tarfile
+import time
+
+import pytest
+from conftest import SHARED
+
+import envs
+import webshop
+from envs import UserError
+
+
+def product(asin, name, price="$10.0", options=None, **more):
+    options = {k: [{"value": v} for v in values] for k, values in (options or {}).items()}
+    return {
+        "asin": asin, "name": name, "pricing": price, "customization_options": options or "",
+        "full_description": f"About the {name}.", "small_description": ["soft", "warm & light"],
+        "category": "fashion", "query": "shirts", "product_category": "Clothing › Shirts › Tops",
+    } | more  # fmt: skip
+
+
+PRODUCTS = [
+    product("B000000001", "Red cotton shirt", "$12.5", {"Color": ["Red", "Blue/Navy"], "size": ["S", "L"]}),
+    product("B000000002", "Wool socks", "$5 to $8", query="socks", product_category="Clothing › Socks"),
+    product("B000000003", "Blue cotton shirts and a cotton shirt"),
+    product("B000000004", "Kettle", query="kettles", product_category="Kitchen", category="kitchen"),
+    product("B000000004", "the same id again"),
+    product("nan", "no id"),
+    {"asin": "B000000005"},  # neither price, options nor name
+    *(product(f"B0000001{i:02}", f"Plain lamp {i}", query="lamps") for i in range(25)),
+]  # fmt: skip
+INSTRUCTIONS = {
+    p["asin"]: {"attributes": ["long sleeve"], "instruction": "Find me shirts with long sleeve",
+                "instruction_attributes": ["long sleeve"]}
+    for p in PRODUCTS[:3] + PRODUCTS[-16:]
+}  # fmt: skip
+HUMAN = {
+    "B000000001": [
+        {"instruction": "i want a shirt.", "instruction_attributes": ["long sleeve"], "instruction_options": ["red"]},
+        {"instruction": "no attributes", "instruction_attributes": [], "instruction_options": []},
+    ]
+}  # fmt: skip
+
+
+def write_catalogue(folder, products=PRODUCTS):
+    (folder / "items_shuffle_9.json").write_text(json.dumps(products, indent=1))
+    (folder / "items_ins_v2_9.json").write_text(json.dumps(INSTRUCTIONS))
+    (folder / "items_human_ins.json").write_text(json.dumps(HUMAN))
+    return str(folder)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(webshop, "CACHE", tmp_path / "cache")
+    return write_catalogue(tmp_path)
+
+
+@pytest.fixture
+def shop(folder):
+    """A session for "B000000001 in red, size l", on its search page."""
+    env = envs.make_env("webshop", f"{folder}/B000000001/1")
+    env.reset()
+    return env
+
+
+def play(env, *actions):
+    for action in actions:
+        result = env.step(action)
+    return result
+
+
+def test_analysis_is_lucenes():
+    text = "The dogs' O'Neil's size:s 3.5-inch 1,000 snow_white ponies ❤️★™ technology"
+    assert webshop.analyze(text) == [
+        "dog", "o'neil", "size:", "3.5", "inch", "1,000", "snow_whit", "poni", "❤️", "★", "™", "technolog",
+    ]  # fmt: skip
+
+
+def test_document_lengths_are_rounded_as_in_lucenes_index():
+    assert [webshop.stored_length(n) for n in (23, 39, 40, 41, 64, 343)] == [
+        23,
+        39,
+        40,
+        40,
+        64,
+        312,
+    ]
+
+
+def test_search_scores_are_bm25_and_ties_go_by_id(folder):
+    catalogue = webshop.load_catalogue(folder)
+    found = [catalogue.ids[i] for i in catalogue.search(["lamp"])]
+    assert found == [f"B0000001{i:02}" for i in range(25)]  # the same score for all: by id
+    # one word, two documents: the one with two occurrences first, by the formula
+    found = [catalogue.ids[i] for i in catalogue.search(["cotton"])]
+    assert found == ["B000000003", "B000000001"]
+    texts = [
+        webshop.analyze(webshop.document(catalogue.product(i))) for i in range(len(catalogue.ids))
+    ]
+    mean = sum(map(len, texts)) / len(texts)
+    idf = math.log(1 + (len(texts) - 2 + 0.5) / 2.5)
+    index, number = catalogue.index, catalogue.number["B000000003"]
+    frequency = texts[number].count("cotton")
+    norm = 0.9 * (0.6 + 0.4 * webshop.stored_length(len(texts[number])) / mean)
+    expected = idf * frequency / (frequency + norm)
+    term = index.terms["cotton"]
+    at = list(index.docs[index.starts[term] : index.starts[term + 1]]).index(number)
+    weight = index.weights[index.starts[term] + at]
+    assert idf - idf / (1 + weight) == pytest.approx(expected, rel=1e-5)
+
+
+def test_pages_of_a_session(shop):
+    task = "Find me shirts with long sleeve with color: red, and size: l, and price lower than"
+    obs = shop.reset()
+    assert obs.text.startswith(f"WebShop [SEP] Instruction: [SEP] {task}")
+    assert (
+        obs.admissible == ("search[<your query>]", "click[search]") and obs.task_type == "fashion"
+    )
+    obs, *_ = play(shop, "search[red shirt]")
+    assert (
+        "Back to Search [SEP] Page 1 (Total results: 2) [SEP] Next > [SEP] B000000001" in obs.text
+    )
+    obs, *_ = play(shop, "click[b000000001]")
+    item = obs.text
+    assert (
+        "Back to Search [SEP] < Prev [SEP] color [SEP] red [SEP] blue | navy [SEP] size [SEP] s [SEP] l"
+        " [SEP] Red cotton shirt [SEP] Price: $12.5 [SEP] Rating: N.A. [SEP] Description [SEP] Features"
+        " [SEP] Reviews [SEP] Buy Now"
+    ) in item
+    obs, *_ = play(shop, "click[features]")
+    assert obs.text.endswith("< Prev [SEP] soft [SEP] warm & light")
+    assert play(shop, "click[< prev]", "click[red]", "click[l]")[0].text == item
+    obs, reward, done, info = play(shop, "click[buy now]")
+    assert 'options [SEP] {"color": "red", "size": "l"}' in obs.text and obs.admissible == ()
+    assert (reward, done, info) == (1.0, True, {"score": 1.0, "success": True})
+    assert play(shop, "click[buy now]", "search[x]")[0].text == obs.text  # over is over
+
+
+def test_results_turn_pages_and_going_back_clears_the_options(shop):
+    obs, *_ = play(shop, "search[lamp]", "click[next >]", "click[next >]")
+    assert "Page 3 (Total results: 25) [SEP] < Prev [SEP] Next > [SEP] B000000120" in obs.text
+    assert "Page 4" in play(shop, "click[next >]")[0].text  # empty pages beyond the end
+    assert "Page 3" in play(shop, "click[< prev]")[0].text
+    play(shop, "search[shirt]", "click[b000000001]", "click[red]")
+    assert shop.options == {"color": "red"}
+    play(shop, "click[< prev]")
+    assert shop.options == {} and shop.kind == "results"
+
+
+@pytest.mark.parametrize(
+    "action",
+    ["hello", "click[search]", "click[b000000001]", "Search[x]", " search[x]", "search", "click[]", "搜索[红色]",
+     "click[红色]", "[", "search[]", "", "click[buy now]", "]]["],
+)  # fmt: skip
+def test_what_a_page_does_not_offer_changes_nothing(shop, action):
+    before = shop.reset().text
+    obs, reward, done, _ = shop.step(action)
+    assert (obs.text, reward, done) == (before, 0.0, False)
+
+
+def test_unusual_searches_are_answered(shop):
+    for query in (
+        "x" * 10_000,
+        "shirt " * 2_000,
+        "红色 衬衫",
+        "the of",
+        "<r>",
+        "<a> soft",
+        "<c>",
+        "!!!",
+    ):
+        obs, _, done, _ = shop.step(f"search[{query}]")
+        assert "Page 1 (Total results: " in obs.text and not done
+    obs, *_ = shop.step("search[SHIRT] please")  # text after the bracket is ignored
+    assert "B000000001" in obs.text
+
+
+def test_reward_parts(folder):
+    catalogue = webshop.load_catalogue(folder)
+    goal = catalogue.goal("B000000001/0")  # red, s
+    shirt, socks, kettle = (catalogue.product(i) for i in (0, 1, 3))
+    reward = lambda p, price, chosen: webshop.reward(p, goal, price, chosen)  # noqa: E731
+    right = dict(shirt, attributes=["Long Sleeves"])  # fuzzy match
+    assert reward(right, 12.5, {"color": "red", "size": "s"}) == 1.0
+    assert reward(right, 1e6, {"color": "red", "size": "s"}) == 0.75  # over the price limit
+    assert reward(right, 12.5, {"color": "red"}) == 0.75
+    assert (
+        reward(dict(shirt, attributes=[], title="red long sleeve"), 12.5, {}) == 0.5
+    )  # in the title
+    assert reward(kettle, 12.5, {}) == 0.0  # not one noun in common
+    half = dict(kettle, title="shirt of a kind", attributes=["long sleeve"])
+    assert reward(half, 12.5, {"color": "red", "size": "s"}) == 1.0  # a third of the nouns
+    assert webshop.normalize_color("standard") == "tan" and socks["price_tag"] == "$5.0 to $8.0"
+    assert webshop.normalize_color(("color", "black1901")) == ("color", "black1901")
+
+
+def test_goals_split_by_product_and_verls_way(folder):
+    sizes = {}
+    for rule in ("product", "verl"):
+        train, test = (
+            envs.list_items("webshop", s, folder, split_rule=rule) for s in ("train", "test")
+        )
+        sizes[rule] = len(train), len(test)
+        assert not set(train) & set(test)
+        assert not envs.shared_items("webshop", "train", "test", folder, split_rule=rule)
+    assert sizes["product"][0] + sizes["product"][1] == sum(sizes["verl"]) == 4 + 1 + 1 + 16
+    asins = [
+        {item.split("/")[-2] for item in envs.list_items("webshop", s, folder)}
+        for s in ("train", "test")
+    ]
+    assert not asins[0] & asins[1]
+    (human,) = envs.list_items("webshop", "train", folder, human_goals=True, split_rule="verl")
+    goal = envs.make_env("webshop", human).goal
+    assert goal["instruction_text"].startswith("i want a shirt, and price lower than")
+    assert goal["goal_options"] == ["red"] and goal["attributes"] == ["long sleeve"]
+
+
+def test_prompt_quotes_the_page_and_falls_back_without_history(shop):
+    obs, *_ = play(shop, "search[lamp]")
+    prompt = envs.build_prompt(obs, [("seen", "did")], [("shopping", "compare prices")])
+    assert f"Your task is to: {obs.task}." in prompt and "- When shopping: compare prices" in prompt
+    assert "observe: 'Back to Search' [SEP] 'Page 1 (Total results: 25)'" in prompt
+    assert "'click[b000000100]'" in prompt and "[Observation 1: 'seen', Action 1: 'did']" in prompt
+    long = envs.build_prompt(obs, [("x" * envs.LONGEST, "did")])
+    assert "Observation 1" not in long and "Steps taken so far: 1" in long
+
+
+def test_broken_data_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(webshop, "CACHE", tmp_path / "cache")
+    monkeypatch.delenv("WEBSHOP_DATA", raising=False)
+    with pytest.raises(UserError, match="WEBSHOP_DATA"):
+        envs.list_items("webshop", "train")
+    with pytest.raises(UserError, match="no items_shuffle"):
+        envs.list_items("webshop", "train", str(tmp_path))
+    folder = write_catalogue(tmp_path)
+    whole = (tmp_path / "items_shuffle_9.json").read_text()
+    (tmp_path / "items_shuffle_9.json").write_text(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="ends in the middle"):
+        envs.list_items("webshop", "train", folder)
+    (tmp_path / "items_shuffle_9.json").write_text("hello")
+    with pytest.raises(UserError, match="neither a JSON array"):
+        envs.list_items("webshop", "train", folder)
+    (tmp_path / "items_shuffle_9.json").write_text(whole)
+    with pytest.raises(UserError, match="choose train or test"):
+        envs.list_items("webshop", "valid_seen", folder)
+    with pytest.raises(UserError, match="choose product or verl"):
+        envs.list_items("webshop", "train", folder, split_rule="x")
+    with pytest.raises(UserError, match="no product B999999999"):
+        envs.make_env("webshop", f"{folder}/B999999999/0")
+
+
+def test_reading_in_small_blocks_gives_the_same_products(tmp_path):
+    folder = tmp_path / "items_shuffle_9.json"
+    folder.write_text(json.dumps(PRODUCTS, indent=1))
+    assert list(webshop.stream_json(folder, block=7)) == PRODUCTS
+    folder.write_text(json.dumps(INSTRUCTIONS))
+    assert dict(webshop.stream_json(folder, block=5)) == INSTRUCTIONS
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not here")
+def test_equals_the_original_on_its_recorded_sessions(tmp_path, monkeypatch):
+    """1,603 actions and 200 starts: observation, available actions, reward and end are the same."""
+    monkeypatch.setattr(webshop, "CACHE", tmp_path / "cache")
+    with tarfile.open(SHARED / "webshop_1000.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.setenv("WEBSHOP_DATA", str(tmp_path))
+    sessions = json.load(lzma.open(SHARED / "webshop_transcripts.json.xz"))
+    catalogue, names = webshop.load_catalogue(str(tmp_path)), None
+    names, steps, seconds = catalogue.goal_names(), 0, 0.0
+    for session in sessions:
+        goal = catalogue.goal(names[session["goal_index"]])
+        assert goal == {k: v for k, v in session["goal"].items() if k != "weight"}
+        env = envs.make_env("webshop", session["goal"])
+        for expected in session["steps"]:
+            start = time.perf_counter()
+            if expected["action"] is None:
+                obs, done, score = env.reset(), False, 0.0
+            else:
+                obs, _, done, info = env.step(expected["action"])
+                score = info["score"]
+            seconds += time.perf_counter() - start
+            steps += 1
+            where = f"goal {session['goal_index']}: {expected['action']}"
+            assert obs.text == expected["observation"], where
+            if expected["available"] is not None:
+                assert env.available() == expected["available"], where
+            assert (score, done) == (expected["reward"], expected["done"]), where
+    assert steps == 1803 and seconds / steps < 11.2e-3 / 100  # the original takes 11.2 ms a step
