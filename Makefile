@@ -1,10 +1,12 @@
-# Two commands: `make demo` (three phases, evaluation and plot on the embedded default) and `make test`.
+# `make demo` (three phases, evaluation and plot on the embedded default), `make demo-webshop` (the
+# same in the embedded shop) and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= tiny
+FLAGS ?=
 PY = $(VENV)/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo demo-webshop test clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,12 +14,15 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 demo: $(VENV)/installed
-	$(PY) warmup.py --run $(RUN)
-	$(PY) mine.py --run $(RUN)
-	$(PY) distill.py --run $(RUN)
-	for checkpoint in init warmup mine distill; do $(PY) evaluate.py --run $(RUN) --checkpoint $$checkpoint || exit; done
-	$(PY) evaluate.py --run $(RUN) --checkpoint mine --skills
+	$(PY) warmup.py --run $(RUN) $(FLAGS)
+	$(PY) mine.py --run $(RUN) $(FLAGS)
+	$(PY) distill.py --run $(RUN) $(FLAGS)
+	for checkpoint in init warmup mine distill; do $(PY) evaluate.py --run $(RUN) $(FLAGS) --checkpoint $$checkpoint || exit; done
+	$(PY) evaluate.py --run $(RUN) $(FLAGS) --checkpoint mine --skills
 	$(PY) plot.py --run $(RUN)
+
+demo-webshop:
+	$(MAKE) demo RUN=tiny-webshop FLAGS="--env webshop"
 
 test: $(VENV)/installed
 	$(PY) -m pytest -q tests

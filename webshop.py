@@ -32,6 +32,7 @@ import array
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 import shutil
@@ -51,7 +52,7 @@ from envs import Observation, UserError
 SEED = 0  # of the prices given as a range and of the price limits
 GOAL_SEED = 0  # of the one shuffle of the goals
 RESULTS, PER_PAGE = 50, 10
-CACHE = Path("runs/webshop-cache")
+CACHE, FORMAT = Path("runs/webshop-cache"), 2  # raise FORMAT when what is cached changes
 
 # --------------------------------------------------------------------------------------------------
 # Text analysis: Lucene's EnglishAnalyzer
@@ -270,7 +271,7 @@ def build_cache(folder, cache):
     attributes = dict(stream_json(find_file(folder, "items_ins_v2*.json")))
     human_files = sorted(Path(folder).glob("items_human_ins*.json"))  # human goals are optional
     human = dict(stream_json(human_files[0])) if human_files else {}
-    offsets, ids, prices, instructed = [0], [], [], []
+    offsets, ids, prices, instructed, uses = [0], [], [], [], Counter()  # uses: goals per attribute
     seen, path = set(), part / "products.jsonl"
     with open(path, "wb") as file:
         for raw in stream_json(find_file(folder, "items_shuffle*.json")):
@@ -286,6 +287,8 @@ def build_cache(folder, cache):
             prices.append(product["prices"])
             options = [len(values) for _, values in sorted(product["options"].items())]
             synthetic = options if product["instruction"] is not None else None
+            for attribute in product["instruction_attributes"] if synthetic is not None else ():
+                uses[attribute] += math.prod(synthetic)
             instructed.append((synthetic, len(product["human"]), product["category"]))
     rng = random.Random(SEED)  # the original's order of draws: all prices, then the limits
     drawn = [p[0] if len(p) == 1 else rng.uniform(*p) for p in prices]
@@ -299,7 +302,8 @@ def build_cache(folder, cache):
         [price_limit(price, rng) for _ in range(n)] for price, (_, n, _) in zip(drawn, instructed)
     ]
     table = {"ids": ids, "prices": drawn, "limits": limits, "human_limits": human_limits}
-    (part / "table.json").write_text(json.dumps(table | {"instructed": instructed}))
+    table |= {"instructed": instructed, "uses": uses}
+    (part / "table.json").write_text(json.dumps(table))
     np.save(part / "offsets.npy", np.array(offsets))
     with open(path, "rb") as file:
         Index.build((document(json.loads(line)) for line in file), ids, part)
@@ -315,6 +319,7 @@ class Catalogue:
         self.ids, self.prices = table["ids"], table["prices"]
         self.limits, self.human_limits = table["limits"], table["human_limits"]
         self.instructed = table["instructed"]  # (options of the goals or None, human goals, type)
+        self.uses = table["uses"]
         self.number = {asin: i for i, asin in enumerate(self.ids)}
         self.index, self.offsets = Index(cache), np.load(cache / "offsets.npy")
         self.file = open(cache / "products.jsonl", "rb")
@@ -341,7 +346,7 @@ class Catalogue:
             if human:
                 names += [f"{asin}/human-{i}" for i in range(n_human)]
             elif options is not None:
-                names += [f"{asin}/{i}" for i in range(int(np.prod(options, dtype=int)))]
+                names += [f"{asin}/{i}" for i in range(math.prod(options))]
         random.Random(GOAL_SEED).shuffle(names)
         return names
 
@@ -373,7 +378,7 @@ class Catalogue:
         if which.startswith("human-"):
             k = int(which[6:])
             text, attributes, options = product["human"][k]
-            text, limit = text.strip("."), self.human_limits[number][k]
+            text, limit, weight = text.strip("."), self.human_limits[number][k], 1
         else:
             names = sorted(product["options"])
             values = itertools.product(*(product["options"][n] for n in names))
@@ -382,6 +387,7 @@ class Catalogue:
             if options:
                 text += " with " + ", and ".join(f"{k}: {v}" for k, v in options.items())
             attributes, limit = product["instruction_attributes"], self.limits[number]
+            weight = sum(1 / self.uses[a] for a in attributes) / max(1, len(attributes))
         if limit:
             text += f", and price lower than {limit:.2f} dollars"
         return {
@@ -394,6 +400,7 @@ class Catalogue:
             "attributes": attributes,
             "price_upper": limit or 1000000,
             "goal_options": options,
+            "weight": weight,  # of the original's draw; the phases draw uniformly, as verl-agent
         }
 
 
@@ -403,7 +410,7 @@ def load_catalogue(folder) -> Catalogue:
     files = sorted(p for p in Path(folder).glob("items_*.json"))
     find_file(folder, "items_shuffle*.json")  # a clear error before anything else
     stamp = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime) for p in files]
-    cache = CACHE / hashlib.sha256(json.dumps([SEED, stamp]).encode()).hexdigest()[:16]
+    cache = CACHE / hashlib.sha256(json.dumps([FORMAT, SEED, stamp]).encode()).hexdigest()[:16]
     if not cache.exists():
         build_cache(folder, cache)
     tagger()  # spaCy takes a second to start: at the start, not at the first purchase

@@ -531,3 +531,58 @@ def test_gradient_checkpointing_is_on_in_training_and_changes_no_gradient(episod
         results.append((len(calls), torch.cat([p.flatten() for p in model.parameters()])))
     assert results[1][0] > results[0][0]  # the layer ran again in the backward pass
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# The optimizer and memory
+# --------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_weights_move_at_lr_1e_6_as_float32_weights_do():
+    """Plain AdamW on bfloat16 loses 98% of the steps at this learning rate."""
+    torch.manual_seed(0)
+    start = (torch.randn(20_000) * 0.02).bfloat16()
+    direction = torch.randn(20_000)
+
+    def moved(dtype):
+        model = torch.nn.ParameterList([torch.nn.Parameter(start.to(dtype, copy=True))])
+        optimizer = common.make_optimizer(model, common.Config(lr=1e-6))
+        noise = torch.Generator().manual_seed(1)
+        for _ in range(100):
+            gradient = direction + 0.3 * torch.randn(20_000, generator=noise)
+            model[0].grad = (1e-3 * gradient).to(dtype)
+            optimizer.step()
+        lost = optimizer.state[model[0]]["kahan_comp"]
+        end = model[0].detach().double() + (0 if lost is None else lost.double())
+        return end - start.double()
+
+    exact, kept = moved(torch.float32), moved(torch.bfloat16)
+    assert (kept != 0)[exact != 0].double().mean() > 0.98
+    assert 0.98 < (kept @ exact) / (exact @ exact) < 1.02
+
+
+def test_second_moment_of_bfloat16_follows_a_gradient_that_shrinks():
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))])
+    optimizer = common.make_optimizer(model, common.Config())
+    for scale in [1.0] * 200 + [0.1] * 200:
+        model[0].grad = torch.full((64,), scale, dtype=torch.bfloat16)
+        optimizer.step()
+    second_moment = optimizer.state[model[0]]["exp_avg_sq"].float().mean().item()
+    assert second_moment == pytest.approx(0.01, rel=0.1)
+
+
+def test_memory_table_of_the_7b_says_what_fits_and_what_to_change():
+    import memory
+
+    config = common.Config(model="qwen2.5-7b-shape")
+    parts = memory.parts(config)
+    assert parts["parameters"] == 7_615_616_512
+    assert parts["weights"] == 2 * parts["parameters"]
+    assert parts["optimizer"] == 3 * parts["weights"]  # two moments and the Kahan buffer
+    assert parts["KV cache"] == 128 * (3072 + 512) * 56 * 1024
+    assert "141 GB card: fits" in memory.table(config)
+    assert memory.parts(common.Config(model="qwen2.5-7b-shape", kl_coef=0))["reference"] == 0
+    rows = common.Config(model="qwen2.5-7b-shape", generation_rows=512)
+    assert "141 GB card: with --generation_rows a quarter" in memory.table(rows).replace(
+        "--micro_tokens a quarter, ", ""
+    )

@@ -15,6 +15,7 @@ import distill
 import evaluate
 import mine
 import plot
+import tiny_shop
 import warmup
 from common import Row, UserError
 
@@ -37,7 +38,8 @@ def test_all_phases_end_to_end_then_evaluation_and_plot(games, tmp_path, monkeyp
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["phase"] for r in records] == ["warmup"] * 2 + ["mine"] * 3 + ["distill"] * 2
     assert all(r["logprob_gap_max"] < 1e-3 for r in records if r["rows"])
-    assert records[-1]["lambda"] == pytest.approx(0.1 * 2 / 4)
+    ramp = common.PRESETS["tiny"]["lambda_iterations"]
+    assert records[-1]["lambda"] == pytest.approx(0.1 * 2 / ramp)
     skills = [json.loads(line) for line in (run / "mine" / "skills.jsonl").read_text().splitlines()]
     assert skills and any(s["n"] for s in skills)
     from transformers import AutoModelForCausalLM
@@ -66,6 +68,23 @@ def test_all_phases_end_to_end_then_evaluation_and_plot(games, tmp_path, monkeyp
         and "python distill.py --run t" in said
         and "python evaluate.py --run t" in said
     )
+
+
+def test_all_phases_end_to_end_in_the_embedded_shop(tmp_path, monkeypatch, capsys):
+    """`--env webshop` alone selects the catalogue, the policy and the run's name."""
+    monkeypatch.chdir(tmp_path)
+    flags = SMALL.replace("--run t ", "").replace("--max_steps 12", "--max_steps 6")
+    for script in (warmup, mine, distill):
+        call(monkeypatch, script, f"--env webshop {flags}")
+    run = tmp_path / "runs" / "tiny-webshop"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 7 and all(r["logprob_gap_max"] < 1e-3 for r in records if r["rows"])
+    skills = [json.loads(line) for line in (run / "mine" / "skills.jsonl").read_text().splitlines()]
+    assert {s["bucket"] for s in skills} <= set(tiny_shop.CATEGORIES)
+    call(monkeypatch, evaluate, "--run tiny-webshop --eval_items 8")
+    record = json.loads((run / "eval-test-distill.json").read_text())
+    assert len(record["items"]) == 8 and record["results"]["all"]["score"] >= 0
+    assert "WebShop" not in capsys.readouterr().err
 
 
 def test_an_interrupted_phase_goes_on_from_its_last_save(games, tmp_path, monkeypatch):
