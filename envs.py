@@ -117,6 +117,18 @@ def read_json(path):
         ) from None
 
 
+def read_jsonl(path) -> list:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def write_atomically(path, text):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
 @lru_cache(maxsize=1024)
 def load_game(path: str) -> Game:
     """Read one `game.tw-pddl`. UserError for a corrupt, unsolvable or unknown kind of game."""

@@ -1,6 +1,6 @@
 """The embedded default's second world: a small WebShop catalogue and lessons in shopping.
 
-    python tiny.py train --world webshop --count 40000 --out tiny_policy_webshop   # as shipped
+    python tiny.py train --world webshop --count 24000 --out tiny_policy_webshop   # as shipped
 
 The catalogue is in the original's format (`items_shuffle.json`, `items_ins_v2.json`), so everything
 from search to reward is the real engine. As in ALFWorld, the demonstrator that the tiny policy
@@ -56,10 +56,13 @@ def make_catalogue(folder: Path, products: int, seed) -> Path:
     """Write `products` random products with their instructions, in the original's format."""
     rng = random.Random(f"{seed} catalogue")
     items, instructions = [], {}
-    for asin in (f"B0{n:04}" for n in rng.sample(range(10_000), products)):
+    while len(items) < products:
         category = rng.choice(list(CATEGORIES))
         levels, options, attributes, nouns = CATEGORIES[category]
         noun, (first, second) = rng.choice(nouns.split()), rng.sample(attributes.split(), 2)
+        asin = (first[:3] + second[:3] + noun[:3]).upper()  # an id a small policy can spell
+        if asin in instructions:
+            continue
         price = rng.randint(5, 90)
         values = {name: sorted(rng.sample(OPTIONS[name], 3)) for name in options}
         items.append(
@@ -127,13 +130,13 @@ def demonstrate(env, plan, rng, max_steps=9):
             thought, action = "I want " + " ".join(words), f"search[{' '.join(words)}]"
         elif env.kind == "results":
             found = goal["asin"] in obs.text
-            thought = f"I see {goal['asin']}" if found else "I do not see it"
+            thought = f"I open the {' '.join(words)}" if found else "I do not see it"
             action = f"click[{goal['asin'].lower()}]" if found else "click[next >]"
         elif env.kind == "subpage" or env.asin != goal["asin"]:
             thought, action = "I go back", "click[< prev]"
         elif missing:
-            thought = f"I choose the {missing[0]}"
-            action = f"click[{goal['goal_options'][missing[0]]}]"
+            value = goal["goal_options"][missing[0]]
+            thought, action = f"I choose {missing[0]}: {value}", f"click[{value}]"
         else:
             thought, action = "I buy it", "click[buy now]"
         if slip:

@@ -1,0 +1,155 @@
+"""Skills: their life from candidate to active to retired, and the bank that a run keeps them in.
+
+A skill is a condition and a strategy that the policy wrote about an episode it solved (method
+section 5). It proves itself: half of a group of rollouts has it in the prompt, half does not, and
+the difference in success, Delta_g, moves its utility. The bank serves training only; what
+`distill.py` makes needs no skill.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rapidfuzz import fuzz
+from rapidfuzz.utils import default_process
+
+from envs import UserError, read_jsonl, write_atomically
+
+
+@dataclass(eq=False)
+class Skill:
+    """A condition-strategy pair and its record (method 5.2)."""
+
+    condition: str
+    strategy: str
+    bucket: str  # task type
+    utility: float = 0.0  # u: EMA of Delta_g
+    n: int = 0  # evaluations
+    status: str = "candidate"  # candidate -> active -> retired
+    retrieved: int = 0  # groups that carried it
+    below: int = 0  # consecutive evaluations, from the n_eval-th on, that left u < 0
+    born: int = 0  # iteration
+    deltas: list = field(default_factory=list)  # every Delta_g: its life
+
+
+class SkillBank:
+    """The skills of a run, for phases 1 and 2 only; inference needs none."""
+
+    MAX_WORDS, DUPLICATE, PER_BUCKET = 80, 90, 20
+
+    def __init__(self, config):
+        self.config, self.skills = config, []
+
+    def add(self, condition, strategy, bucket, iteration=0) -> str:
+        """Add a candidate -> "added", or why not: "words", "instance", "duplicate" (method 5.1)."""
+        text = f"{condition}: {strategy}"
+        if len(text.split()) > self.MAX_WORDS:
+            return "words"
+        if re.search(r"\b[a-z]+ \d+\b|\bB0[A-Z0-9]{8}\b", text, re.I):  # "drawer 3", an ASIN
+            return "instance"
+        peers = [s for s in self.skills if s.bucket == bucket]
+        for s in peers:
+            alike = fuzz.token_sort_ratio(strategy, s.strategy, processor=default_process)
+            if alike >= self.DUPLICATE:
+                return "duplicate"
+        living = [s for s in peers if s.status != "retired"]
+        if len(living) >= self.PER_BUCKET:
+            min(living, key=self.value).status = "retired"
+        self.skills.append(Skill(condition, strategy, bucket, born=iteration))
+        return "added"
+
+    def value(self, skill) -> float:
+        """Utility with an upper-confidence bonus for the little-tried."""
+        total = sum(s.retrieved for s in self.skills if s.bucket == skill.bucket)
+        return skill.utility + 0.1 * math.sqrt(math.log(1 + total) / (1 + skill.retrieved))
+
+    def retrieve(self, task, bucket, k=3, statuses=("candidate", "active")) -> list:
+        """The skills of a group, once for all its steps (method 5.3): the least tried candidate,
+        then the best active ones, by 0.5 lexical match of task and condition + utility + UCB. One
+        candidate at most, so that Delta_g is its own.
+        """
+
+        def score(skill):
+            return 0.5 * fuzz.token_set_ratio(task, skill.condition) / 100 + self.value(skill)
+
+        found = [s for s in self.skills if s.bucket == bucket and s.status in statuses]
+        found = sorted(found, key=score, reverse=True)
+        candidates = [s for s in found if s.status == "candidate"]
+        candidates.sort(key=lambda s: s.retrieved)
+        chosen = (candidates[:1] + [s for s in found if s.status == "active"])[:k]
+        for skill in chosen:
+            skill.retrieved += 1
+        return chosen
+
+    def update(self, skill, delta):
+        """One evaluation: u <- (1 - alpha) u + alpha Delta_g; promote or retire (method 5.2)."""
+        skill.utility += self.config.ema * (delta - skill.utility)
+        skill.n += 1
+        skill.deltas.append(round(delta, 4))
+        if skill.n < self.config.n_eval or skill.status == "retired":
+            return
+        skill.below = skill.below + 1 if skill.utility < 0 else 0
+        if skill.below >= 2:
+            skill.status = "retired"
+        elif skill.status == "candidate" and skill.utility > self.config.active_above:
+            skill.status = "active"
+
+    def count(self) -> dict:
+        statuses = [s.status for s in self.skills]
+        return {status: statuses.count(status) for status in ("candidate", "active", "retired")}
+
+    def save(self, path):
+        write_atomically(path, "".join(json.dumps(asdict(s)) + "\n" for s in self.skills))
+
+    @classmethod
+    def load(cls, folder, config):
+        path, bank = Path(folder) / "skills.jsonl", cls(config)
+        if not path.exists():
+            raise UserError(f"{path}: no such skill file; it is written by mine.py")
+        bank.skills = [Skill(**line) for line in read_jsonl(path)]
+        return bank
+
+
+def parse_skill(text: str):
+    """A summary -> (condition, strategy); None unless it is one JSON object with both, no more."""
+    try:
+        data = json.loads(re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip()))
+        condition, strategy = (data[key].strip().rstrip(".") for key in ("condition", "strategy"))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    condition = re.sub(r"^when ", "", condition, flags=re.I)
+    return (condition, strategy) if condition and strategy else None
+
+
+def group_deltas(episodes) -> dict:
+    """Paired groups -> Delta_g = mean success of the skill half - of the plain half (5.4)."""
+    halves = defaultdict(lambda: ([], []))
+    for e in episodes:
+        halves[e.group][bool(e.skills)].append(e.success)
+    return {g: float(np.mean(s) - np.mean(p)) for g, (p, s) in halves.items() if s and p}
+
+
+def evaluate_skills(bank, episodes, deltas):
+    """Credit every skill of a paired group with the group's Delta_g, once."""
+    skills = {e.group: e.skills for e in episodes if e.skills}
+    for group, delta in deltas.items():
+        for skill in skills[group]:
+            bank.update(skill, delta)
+
+
+def skill_line(counts) -> str:
+    return " ".join(f"{n} {status}" for status, n in counts.items())
+
+
+def skill_table(bank) -> str:
+    """Every skill with its record, the active first, the retired last."""
+    order = ("active", "candidate", "retired")
+    lines = [f"{'status':<10}{'utility':>8}{'n':>4}  skill"]
+    for s in sorted(bank.skills, key=lambda s: (order.index(s.status), -s.utility)):
+        record = f"{s.status:<10}{s.utility:>+8.2f}{s.n:>4}"
+        lines.append(f"{record}  [{s.bucket}] when {s.condition}: {s.strategy}")
+    return "\n".join(lines)
