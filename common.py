@@ -129,7 +129,7 @@ TINY = dict(
     dtype="float32", gradient_checkpointing=False, tasks=16, generation_rows=128,
     max_prompt_tokens=1024, max_response_tokens=64, lr=5e-4, kl_coef=0.003, minibatch_rows=256,
     micro_tokens=8192, beta2=0.999, ema=0.2, n_req=380, warmup_iterations=8, mine_iterations=6,
-    mine_every=2, mine_episodes=6, mine_obs_chars=60, distill_iterations=20, lambda_iterations=4,
+    mine_every=2, mine_episodes=6, mine_obs_chars=60, distill_iterations=10, lambda_iterations=4,
 )  # fmt: skip
 PRESETS = {
     "alfworld-7b": {"run": "alfworld-7b"},

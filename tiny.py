@@ -607,7 +607,7 @@ def main():
     games.add_argument("--root", type=Path, default=GAMES)
     games.add_argument("--seed", type=int, default=0)
     train = commands.add_parser("train", help="train the tiny policy and its tokenizer")
-    train.add_argument("--out", type=Path, default=POLICY)
+    train.add_argument("--out", type=Path, help="default: the folder of the shipped policy")
     train.add_argument("--world", choices=envs.WORLDS, default="alfworld")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--count", type=int, default=60_000, help="lessons to learn from")
@@ -620,8 +620,9 @@ def main():
     if args.command == "games":
         print(f"games in {write_games(args.root, seed=args.seed)}")
     else:
+        shipped = POLICY if args.world == "alfworld" else POLICY.with_name("tiny_policy_webshop")
         train_policy(
-            args.out, args.seed, args.count, args.knows, args.start, args.lr,
+            args.out or shipped, args.seed, args.count, args.knows, args.start, args.lr,
             hidden=args.hidden, layers=args.layers, world=args.world,
         )  # fmt: skip
 

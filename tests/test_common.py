@@ -400,8 +400,8 @@ def test_empty_group_is_a_clear_error(config):
 # --- skills ---------------------------------------------------------------------------------------
 
 
-def test_skill_life_cycle(config):
-    bank = SkillBank(config)
+def test_skill_life_cycle():
+    bank = SkillBank(common.Config())
     good, bad, flat = (Skill("c", f"s{i}", "pick") for i in range(3))
     bank.skills = [good, bad, flat]
     for _ in range(3):
