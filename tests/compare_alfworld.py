@@ -71,6 +71,7 @@ def main():
         "--data", default=None, help="folder that holds json_2.1.1 (default $ALFWORLD_DATA)"
     )
     parser.add_argument("--split", default="valid_seen", help="split, or several joined by commas")
+    parser.add_argument("--types", default="", help="task types, joined by commas; default all")
     parser.add_argument("--games", type=int, default=40, help="games of each task type")
     parser.add_argument("--steps", type=int, default=30, help="actions played in each game")
     parser.add_argument("--seed", type=int, default=0)
@@ -82,6 +83,8 @@ def main():
             by_type[envs.task_type_of(path)].append(path)
     played, mismatches, start = Counter(), 0, time.time()
     for task_type, paths in by_type.items():
+        if args.types and task_type not in args.types.split(","):
+            continue
         for path in rng.sample(paths, min(args.games, len(paths))):
             played[task_type] += 1
             for action, difference in play_both(path, rng, args.steps):
