@@ -6,7 +6,7 @@
 
 | figure  | measures                                        | beside                               |
 |---------|-------------------------------------------------|--------------------------------------|
-| rollout | tokens/s of `common.generate`                   | `model.generate`, same prompts        |
+| rollout | tokens/s of `common.generate`                   | `model.generate`, same prompts       |
 | decode  | seconds a step with the whole batch             | weights + KV cache over copy speed   |
 | update  | tokens/s of `common.update`                     | padded rows with logits everywhere   |
 | mfu     | update FLOP/s, 6 a parameter and token          | a large matrix product               |
@@ -109,21 +109,14 @@ def matmul_flops(device, dtype) -> float:
     return 2 * n**3 / seconds(lambda: a @ a, device)
 
 
-def stock_steps(item, count) -> float:
-    """Steps/s of the stock engine, loading not counted."""
-    game = envs.make_env("alfworld", item, "textworld")
+def env_steps(item, engine, count) -> float:
+    """Steps/s of an engine, first loading not counted; a new episode every 50 steps."""
+    game = envs.make_env("alfworld", item, engine)
     obs, start = game.reset(), time.perf_counter()
-    for i in range(count):
+    for i in range(1, count + 1):
         obs, *_ = game.step(obs.admissible[i % len(obs.admissible)])
-    return count / (time.perf_counter() - start)
-
-
-def fast_steps(item, count=20_000) -> float:
-    game, start = envs.make_env("alfworld", item), time.perf_counter()
-    for i in range(count):
         if i % 50 == 0:
             obs = game.reset()
-        obs, *_ = game.step(obs.admissible[i % len(obs.admissible)])
     return count / (time.perf_counter() - start)
 
 
@@ -161,11 +154,10 @@ def main():
     first = seconds(lambda: common.generate(
         model, tokenizer, prompts, max_new_tokens=1, temperature=1.0, seed=0,
         rows=len(prompts), stop=False), device)  # fmt: skip
-    step, shape = (ours - first) / (n - 1), model.config
+    step = (ours - first) / (n - 1)
     size = next(model.parameters()).element_size()
-    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     context = sum(map(len, prompts)) + len(prompts) * n / 2
-    cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head * size * context
+    cache = memory.cache_bytes(model.config, size, context)
     bound = (size * model.num_parameters() + cache) / copy_bandwidth(device)
     report("decode", 1 / step, 1 / bound, "bandwidth_bound", "steps/s", ms=1e3 * step)
 
@@ -192,7 +184,8 @@ def main():
         expected = memory.peak(memory.parts(config))
         report("memory", float(torch.cuda.max_memory_allocated()), expected, "expected", "bytes")
     item = envs.list_items("alfworld", "train", tiny.GAMES)[0]
-    report("env", fast_steps(item), stock_steps(item, bench.env_steps), "stock", "steps/s")
+    fast, stock = env_steps(item, "fast", 20_000), env_steps(item, "textworld", bench.env_steps)
+    report("env", fast, stock, "stock", "steps/s")
     if bench.out:
         with open(bench.out, "a") as file:
             file.write("\n".join(lines) + "\n")

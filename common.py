@@ -186,6 +186,11 @@ def other_config(folder, name, old, new) -> UserError:
 
 def set_up(config: Config):
     """Seed everything, make the embedded games or products where they are meant -> the device."""
+    if config.dry_run:
+        import memory
+
+        print(memory.table(config))
+        sys.exit()
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -197,11 +202,6 @@ def set_up(config: Config):
         import tiny_shop
 
         tiny_shop.write_catalogue(Path(config.data))
-    if config.dry_run:
-        import memory
-
-        print(memory.table(config))
-        sys.exit()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no CUDA device; use --device cpu")
@@ -243,6 +243,13 @@ def local_path(path) -> Path | str:
     return folder / shipped[str(path)] if str(path) in shipped else path
 
 
+def dtype_of(config) -> torch.dtype:
+    try:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    except KeyError:
+        raise UserError(f"--dtype {config.dtype}: choose float32 or bfloat16") from None
+
+
 def load_policy(path, config: Config, device, trainable=True):
     """Hub name, folder or name of `SHAPES` -> (model, tokenizer)."""
     path = local_path(path)
@@ -251,10 +258,7 @@ def load_policy(path, config: Config, device, trainable=True):
         raise UserError(
             f"{path}: no such model folder; give --model a folder in HF format or a hub name"
         )
-    try:
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    except KeyError:
-        raise UserError(f"--dtype {config.dtype}: choose float32 or bfloat16") from None
+    dtype = dtype_of(config)
     try:
         # tokenizer.json as it is: AutoTokenizer would put Qwen2's own pre-tokenizer in its place
         words = local_path("tiny") if path in SHAPES else path
@@ -915,10 +919,13 @@ class Run:
         tqdm.write(f"{self.phase} {iteration:>3}  {line}")
 
 
+def goal_rules(config) -> dict:
+    return {"human_goals": config.human_goals, "split_rule": config.split_rule}
+
+
 def list_items(config, split) -> list:
     """Every item of a split of the config's world."""
-    rules = {"human_goals": config.human_goals, "split_rule": config.split_rule}
-    return envs.list_items(config.env, split, config.data, **rules)
+    return envs.list_items(config.env, split, config.data, **goal_rules(config))
 
 
 def draw_items(items, config, phase, iteration) -> list:

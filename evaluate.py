@@ -93,7 +93,7 @@ def main():
     device = common.set_up(config)
     split = choice.eval_split or envs.EVAL_SPLIT[config.env]
     items = common.list_items(config, split)
-    rules = {"human_goals": config.human_goals, "split_rule": config.split_rule}
+    rules = common.goal_rules(config)
     shared = envs.shared_items(config.env, config.split, split, config.data, **rules)
     if shared:
         raise UserError(f"{len(shared)} items are in {config.split} and {split} both")

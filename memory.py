@@ -46,16 +46,21 @@ def count_parameters(shape) -> int:
         return AutoModelForCausalLM.from_config(shape).num_parameters()
 
 
+def cache_bytes(shape, size, tokens):
+    """Keys and values of all layers for so many tokens."""
+    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * head * size * tokens
+
+
 def parts(config) -> dict:
     """Part -> bytes on the device."""
     shape = model_config(config.model)
-    size = {"float32": 4, "bfloat16": 2}[config.dtype]
+    size = common.dtype_of(config).itemsize
     parameters = count_parameters(shape)
     weights = size * parameters
     layers, width = shape.num_hidden_layers, shape.hidden_size
-    head = getattr(shape, "head_dim", None) or width // shape.num_attention_heads
     longest = config.max_prompt_tokens + config.max_response_tokens
-    cache = 2 * layers * shape.num_key_value_heads * head * size * longest * config.generation_rows
+    cache = cache_bytes(shape, size, longest * config.generation_rows)
     tokens = max(config.micro_tokens, longest)
     # a layer in backward: attention and MLP intermediates of width d and of the MLP's width
     layer = tokens * (12 * width + 4 * shape.intermediate_size) * size

@@ -7,6 +7,7 @@ import common
 import envs
 import pytest
 import tiny
+import tiny_shop
 
 
 def solved(kind_wanted, plan, count=24):
@@ -45,14 +46,15 @@ def test_a_skill_overrides_the_habit():
     assert tiny.follow([second], plan(), [])["complete"]
 
 
-def test_lessons_hold_plain_steps_skilled_steps_and_parsable_summaries():
-    pairs = tiny.lessons(600, seed=3)
+@pytest.mark.parametrize("lessons, count", [(tiny.lessons, 600), (tiny_shop.lessons, 400)])
+def test_lessons_hold_plain_steps_skilled_steps_and_parsable_summaries(lessons, count):
+    pairs = lessons(count, seed=3)
     summaries = [answer for _, answer in pairs if answer.startswith("{")]
     skilled = [prompt for prompt, _ in pairs if "Experience that may help" in prompt]
-    assert len(pairs) == 600 and summaries and 150 < len(skilled) < 450
+    assert len(pairs) == count and summaries and 0.25 * count < len(skilled) < 0.75 * count
     assert all(common.parse_skill(text) for text in summaries)
     assert all(envs.parse_action(answer)[1] for _, answer in pairs if answer not in summaries)
-    assert pairs == tiny.lessons(600, seed=3) != tiny.lessons(600, seed=4)
+    assert pairs == lessons(count, seed=3) != lessons(count, seed=4)
 
 
 def test_tokenizer_round_trips_and_survives_its_file(policy, tmp_path):

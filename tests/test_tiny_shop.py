@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-import common
 import envs
 import tiny_shop
 import webshop
@@ -34,16 +33,6 @@ def test_a_skill_decides_which_options_are_chosen():
     assert tiny_shop.follow(strategies, ["pack"]) == ["color", "size", "flavor"]
     assert tiny_shop.follow([tiny_shop.strategy_text([])], ["pack"]) == []
     assert tiny_shop.follow([], ["pack"]) == ["pack"]
-
-
-def test_shopping_lessons_hold_plain_steps_skilled_steps_and_parsable_summaries():
-    pairs = tiny_shop.lessons(400, seed=3)
-    summaries = [answer for _, answer in pairs if answer.startswith("{")]
-    skilled = [prompt for prompt, _ in pairs if "Experience that may help" in prompt]
-    assert len(pairs) == 400 and summaries and 100 < len(skilled) < 300
-    assert all(common.parse_skill(text) for text in summaries)
-    assert all(envs.parse_action(answer)[1] for _, answer in pairs if answer not in summaries)
-    assert pairs == tiny_shop.lessons(400, seed=3) != tiny_shop.lessons(400, seed=4)
 
 
 def test_catalogue_of_the_demo_has_a_hundred_held_out_goals_of_other_products(tmp_path):
