@@ -36,6 +36,7 @@ from transformers import logging as transformers_logging
 
 import envs
 from envs import UserError, read_jsonl, write_atomically
+from generation import Cache, encode_prompts, generate
 from skills import Skill, SkillBank, evaluate_skills, group_deltas  # noqa: F401
 from skills import parse_skill, skill_line, skill_table  # noqa: F401
 
@@ -303,89 +304,6 @@ def make_optimizer(model, config: Config, state=None):
     return optimizer
 
 
-def encode_prompts(tokenizer, prompts) -> list:
-    """User messages -> token ids of the chat prompt, ready for the assistant's turn."""
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    texts = [
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        for chat in chats
-    ]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-
-# --------------------------------------------------------------------------------------------------
-# Generation
-# --------------------------------------------------------------------------------------------------
-
-
-def eos_ids(model, tokenizer) -> list:
-    """Every token that ends a response (Qwen2.5-Instruct has two)."""
-    ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-
-
-@torch.no_grad()
-def generate(
-    model, tokenizer, prompts, *, max_new_tokens, temperature, seed, rows=128, stop=True
-) -> list:
-    """Sample one response for each prompt -> [(token ids, logprobs, text)], in the order of the
-    prompts.
-
-    prompts   token ids of chat prompts, or user messages as text
-    ids       the sampled tokens, the ending EOS included
-    logprobs  theirs under the sampling distribution; temperature 0 is greedy decoding, with the
-              log-probs of the untempered distribution
-    Rows are sorted by length, left-padded in batches of `rows`, and decoded with a KV cache until
-    all have ended (stop=False: to the full length, to measure speed).
-    """
-    if prompts and isinstance(prompts[0], str):
-        prompts = encode_prompts(tokenizer, prompts)
-    device, ends = model.device, torch.tensor(eos_ids(model, tokenizer), device=model.device)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(ends[0])
-    generator = torch.Generator(device).manual_seed(seed)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    results = [None] * len(prompts)
-    for start in range(0, len(order), rows):
-        batch = order[start : start + rows]
-        width = max(len(prompts[i]) for i in batch)
-        ids = torch.full((len(batch), width), pad)
-        mask = torch.zeros(len(batch), width + max_new_tokens, dtype=torch.long)
-        for row, i in enumerate(batch):
-            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])  # left padding
-            mask[row, width - len(prompts[i]) :] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)  # [B, width]
-        done = torch.zeros(len(batch), dtype=torch.bool, device=device)
-        cache, tokens, logprobs = None, [], []
-        for t in range(max_new_tokens):
-            out = model(
-                input_ids=ids, attention_mask=mask[:, : width + t], position_ids=positions,
-                past_key_values=cache, use_cache=True, logits_to_keep=1,
-            )  # fmt: skip
-            cache = out.past_key_values
-            scores = (out.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [B, V]
-            if temperature == 0:
-                token = scores.argmax(-1)
-            else:  # argmax of p / Exp(1) is a sample of p, without a host sync
-                noise = torch.empty_like(scores).exponential_(generator=generator)
-                token = (scores.exp() / noise).argmax(-1)  # [B]
-            tokens.append(token)
-            logprobs.append(scores.gather(1, token[:, None])[:, 0])
-            done |= torch.isin(token, ends)
-            if stop and done.all():
-                break
-            ids, positions = token[:, None], positions[:, -1:] + 1
-        tokens, logprobs = torch.stack(tokens, 1), torch.stack(logprobs, 1)  # [B, T]
-        is_end = torch.isin(tokens, ends)
-        lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1]).tolist()
-        for row, (i, n) in enumerate(zip(batch, lengths)):
-            sampled = tokens[row, :n].tolist()
-            text = tokenizer.decode(sampled, skip_special_tokens=True)
-            results[i] = (sampled, logprobs[row, :n].tolist(), text)
-    return results
-
-
 # --------------------------------------------------------------------------------------------------
 # Rollout
 # --------------------------------------------------------------------------------------------------
@@ -450,13 +368,15 @@ def rollout(model, tokenizer, config, plan, *, temperature, seed, desc="rollout"
     states = [game.reset() for game in games]
     episodes = [Episode(*p[:2], o.task, o.task_type, p[2]) for p, o in zip(plan, states)]
     running, tokens, start = list(range(len(plan))), 0, time.time()
+    rows = min(config.generation_rows, len(plan))
+    cache = Cache(model, rows, config.max_prompt_tokens + config.max_response_tokens)
     with tqdm(total=len(plan), desc=desc, unit="episode", leave=False) as bar:
         for t in range(config.max_steps):
             prompts = fit_prompts(tokenizer, config, [(episodes[i], states[i]) for i in running])
             answers = generate(
                 model, tokenizer, [used for _, used in prompts], temperature=temperature,
-                max_new_tokens=config.max_response_tokens, seed=1000 * seed + t,
-                rows=config.generation_rows,
+                max_new_tokens=config.max_response_tokens, seed=1000 * seed + t, rows=rows,
+                cache=cache,
             )  # fmt: skip
             still = []
             for i, (plain, used), (ids, logprobs, text) in zip(running, prompts, answers):

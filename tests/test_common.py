@@ -307,32 +307,6 @@ def test_action_mask_with_a_tokenizer_that_splits_the_tags():
     assert not mask[-1] and not mask[0]
 
 
-# --- generation -----------------------------------------------------------------------------------
-
-
-def test_greedy_tokens_equal_hf_generate(policy):
-    model, tokenizer = policy
-    prompts = ["look around", "You are in a room with a desk 1. " * 6, "take the mug"]
-    ours = common.generate(model, tokenizer, prompts, max_new_tokens=12, temperature=0, seed=0)
-    for prompt, (ids, _, _) in zip(common.encode_prompts(tokenizer, prompts), ours):
-        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[
-            0, len(prompt) :
-        ]
-        assert ids == theirs.tolist()
-
-
-def test_sampling_is_a_function_of_the_seed(policy):
-    model, tokenizer = policy
-    sample = lambda seed: [  # noqa: E731
-        ids
-        for ids, _, _ in common.generate(
-            model, tokenizer, ["hello"] * 8, max_new_tokens=8, temperature=1, seed=seed
-        )
-    ]
-    assert sample(1) == sample(1) and sample(1) != sample(2)
-    assert len({tuple(ids) for ids in sample(1)}) > 1  # rows draw independently
-
-
 # --- rollout --------------------------------------------------------------------------------------
 
 

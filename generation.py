@@ -1,0 +1,262 @@
+"""Sampling from a Qwen2 (or Llama, Qwen3) in plain PyTorch: one forward over a preallocated cache.
+
+`generate` samples what `model.generate` would, with the modules of the same model. It is faster
+since
+
+- equal prompts are read once: the members of a group all begin with the same one;
+- prompts are padded on the right and read by causal attention without a mask (the fast kernel), in
+  chunks of similar length; the last layer computes the last position only;
+- the KV cache is written in place, and key heads are not repeated for their query heads (GQA);
+- rows that have ended leave the batch, whose size halves each time half of it has ended;
+- sampling never waits for the device;
+- on a GPU the decode step is captured once per shape as a CUDA graph and replayed.
+
+Shapes: B rows, T new tokens, S cached tokens, D hidden size, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+CHUNK = 4096  # tokens of a prefill chunk: fits the caches of a CPU, fills a GPU
+BUCKET = 64  # the cache is read up to a multiple of this length, so that few shapes occur
+
+
+def encode_prompts(tokenizer, prompts) -> list:
+    """User messages -> token ids of the chat prompt, ready for the assistant's turn."""
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = [
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        for chat in chats
+    ]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def eos_ids(model, tokenizer) -> list:
+    """Every token that ends a response (Qwen2.5-Instruct has two)."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+class Cache:
+    """Keys and values of at most `rows` sequences of `length` tokens; drop it to free the memory.
+
+    keys, values   per layer [rows, length, KV heads, head size]
+    graphs         captured decode steps, by shape (GPU only)
+    """
+
+    def __init__(self, model, rows, length):
+        shape, weight = model.config, model.lm_head.weight
+        head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        size = (shape.num_hidden_layers, rows, length, shape.num_key_value_heads, head)
+        self.keys, self.values = (
+            torch.zeros(size, dtype=weight.dtype, device=weight.device) for _ in range(2)
+        )
+        self.rows, self.length, self.graphs = rows, length, {}
+
+    def move(self, sources, targets):
+        """Copy rows `sources` onto rows `targets`, in all layers."""
+        for tensor in (self.keys, self.values):
+            for layer in tensor:
+                layer[targets] = layer[sources]
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: x [B, T, heads, head size], cos and sin [B, T, 1, head size]."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((-right, left), -1) * sin
+
+
+def forward(model, ids, rows, positions, cache, visible=None):
+    """Read tokens into rows of the cache -> logits [B, V] after the last of each row.
+
+    | argument  | shape            | meaning                                                       |
+    |-----------|------------------|---------------------------------------------------------------|
+    | ids       | [B, T]           | whole prompts, right-padded; or T = 1, one further token each |
+    | rows      | [B]              | the row of the cache that each sequence owns                  |
+    | positions | [B]              | of the last token: prompt length - 1, or where it is written  |
+    | visible   | int, T = 1 only  | cached tokens to read; those after `positions` are masked     |
+
+    What the padding writes lies after `positions` and is overwritten before it can be seen.
+    """
+    decoder, B, T = model.model, *ids.shape
+    prompt = visible is None
+    at = torch.arange(T, device=ids.device).expand(B, T) if prompt else positions[:, None]  # [B, T]
+    x = decoder.embed_tokens(ids)  # [B, T, D]
+    cos, sin = (table[:, :, None] for table in decoder.rotary_emb(x, at))
+    if not prompt:
+        mask = torch.arange(visible, device=ids.device) <= at  # [B, S]
+    for depth, (layer, keys, values) in enumerate(zip(decoder.layers, cache.keys, cache.values)):
+        attention, h = layer.self_attn, layer.input_layernorm(x)
+        size = (B, T, -1, keys.shape[-1])
+        q, k, v = (f(h).view(size) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
+        if hasattr(attention, "q_norm"):  # Qwen3
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, T, heads, head size]
+        keys[rows[:, None], at], values[rows[:, None], at] = k, v
+        if prompt:
+            q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # [B, heads, T, head size]
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            y = y.transpose(1, 2).reshape(B, T, -1)
+            if depth == len(decoder.layers) - 1:  # nothing reads the other positions any more
+                last = torch.arange(B, device=ids.device), positions
+                x, y = x[last][:, None], y[last][:, None]  # [B, 1, D]
+        else:
+            # the query heads of one key head stand where positions would: nothing is repeated
+            q = q.view(B, keys.shape[2], -1, keys.shape[3])  # [B, KV heads, queries, head size]
+            k, v = (z[:B, :visible].transpose(1, 2) for z in (keys, values))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+            y = y.reshape(B, 1, -1)
+        x = x + attention.o_proj(y)
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.lm_head(decoder.norm(x))[:, -1]
+
+
+def sample(logits, uniform, temperature):
+    """Logits [B, V] and a uniform number [B] each -> (tokens [B], their logprobs [B]).
+
+    The token whose stretch of the cumulated probabilities the number falls into; the likeliest at
+    temperature 0, with its log-prob under the untempered distribution.
+    """
+    scores = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [B, V]
+    if temperature == 0:
+        token = scores.argmax(-1)
+    else:
+        cumulated = scores.exp().cumsum(-1)
+        token = (cumulated <= uniform[:, None] * cumulated[:, -1:]).sum(-1)
+        token = token.clamp(max=scores.shape[1] - 1)
+    return token, scores.gather(1, token[:, None])[:, 0]
+
+
+def read_prompts(model, prompts, cache):
+    """Prompts (token ids, sorted by length) -> logits [B, V]; row i of the cache holds prompt i."""
+    device, owner = cache.keys.device, {}
+    for row, prompt in enumerate(prompts):
+        owner.setdefault(tuple(prompt), row)
+    unique, logits, start = list(owner.items()), {}, 0
+    while start < len(unique):
+        stop = start + 1
+        while stop < len(unique) and (stop + 1 - start) * len(unique[stop][0]) <= CHUNK:
+            stop += 1
+        chunk = unique[start:stop]
+        ids = torch.zeros(len(chunk), len(chunk[-1][0]), dtype=torch.long)
+        for i, (prompt, _) in enumerate(chunk):
+            ids[i, : len(prompt)] = torch.tensor(prompt)
+        last = torch.tensor([len(prompt) - 1 for prompt, _ in chunk], device=device)
+        rows = torch.tensor([row for _, row in chunk], device=device)
+        out = forward(model, ids.to(device), rows, last, cache)
+        logits |= zip(rows.tolist(), out)
+        start = stop
+    owners = [owner[tuple(prompt)] for prompt in prompts]
+    copies = [row for row, first in enumerate(owners) if row != first]
+    if copies:
+        cache.move([owners[row] for row in copies], copies)
+    return torch.stack([logits[first] for first in owners])
+
+
+def replay(cache, step, *inputs, **shape):
+    """step(*inputs, **shape) as a CUDA graph, captured when the shape is new; eager on a CPU."""
+    if inputs[0].device.type != "cuda":
+        return step(*inputs, **shape)
+    key = (len(inputs[0]), *shape.values())
+    if key not in cache.graphs:
+        fixed = [x.clone() for x in inputs]
+        side = torch.cuda.Stream()  # libraries set themselves up in a first run, off the record
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step(*fixed, **shape)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = step(*fixed, **shape)
+        cache.graphs[key] = graph, fixed, outputs
+    graph, fixed, outputs = cache.graphs[key]
+    for old, new in zip(fixed, inputs):
+        old.copy_(new)
+    graph.replay()
+    return [x.clone() for x in outputs]
+
+
+def sample_batch(model, prompts, uniform, ends, cache, *, temperature, stop):
+    """Decode the prompts (sorted by length) together -> tokens, logprobs [B, max_new_tokens].
+
+    uniform   [B, max_new_tokens] the random numbers; ends: the ids that end a response
+    """
+    device, (B, new) = uniform.device, uniform.shape
+    tokens, logprobs = torch.zeros_like(uniform, dtype=torch.long), torch.zeros_like(uniform)
+    where = torch.tensor([len(prompt) for prompt in prompts], device=device)  # next position
+    logits = read_prompts(model, prompts, cache)
+    token, logprob = sample(logits, uniform[:, 0], temperature)
+    slots = torch.arange(B, device=device)  # the response that each row of the cache belongs to
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+
+    def step(token, where, u, visible):
+        rows = torch.arange(len(token), device=device)
+        logits = forward(model, token[:, None], rows, where, cache, visible)
+        return sample(logits, u, temperature)
+
+    longest = len(prompts[-1])
+    for t in range(new):
+        if t:
+            visible = min(cache.length, BUCKET * math.ceil((longest + t) / BUCKET))
+            token, logprob = replay(cache, step, token, where, uniform[slots, t], visible=visible)
+            where = where + 1
+        tokens[slots, t], logprobs[slots, t] = token, logprob
+        done = done | torch.isin(token, ends)
+        if stop and (device.type == "cpu" or t % 8 == 7):  # a look waits for the GPU
+            alive = len(done) - int(done.sum())
+            if alive == 0:
+                break
+            if alive <= len(done) // 2:  # those still running, and ended ones to fill up
+                keep = done.int().argsort(stable=True)[: len(done) // 2]
+                cache.move(keep, slice(len(keep)))
+                slots, done, token, where = (x[keep] for x in (slots, done, token, where))
+    return tokens, logprobs
+
+
+@torch.no_grad()
+def generate(
+    model, tokenizer, prompts, *, max_new_tokens, temperature, seed, rows=128, stop=True, cache=None
+) -> list:
+    """Sample one response for each prompt -> [(token ids, logprobs, text)], in the order of the
+    prompts.
+
+    prompts   token ids of chat prompts, or user messages as text
+    rows      decoded together, sorted by length; the samples do not depend on it, since every
+              prompt has its own random numbers
+    stop      False: go on to the full length, to measure speed
+    cache     a Cache to use again, `rows` rows and long enough; by default one is made and dropped
+    ids       the sampled tokens, the ending EOS included
+    logprobs  theirs under the sampling distribution; temperature 0 is greedy decoding, with the
+              log-probs of the untempered distribution
+    """
+    if prompts and isinstance(prompts[0], str):
+        prompts = encode_prompts(tokenizer, prompts)
+    device = model.device
+    ends = torch.tensor(eos_ids(model, tokenizer), device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator, device=device)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if prompts and cache is None:
+        longest = len(prompts[order[-1]]) + max_new_tokens
+        cache = Cache(model, min(rows, len(prompts)), longest)
+    results = [None] * len(prompts)
+    for start in range(0, len(order), rows):
+        batch = order[start : start + rows]
+        if device.type == "cuda":  # few batch sizes, so few graphs: a row again, to fill up
+            size = cache.rows
+            while size // 2 >= len(batch):
+                size //= 2
+            batch = batch + batch[-1:] * (size - len(batch))
+        tokens, logprobs = sample_batch(
+            model, [prompts[i] for i in batch], uniform[batch], ends, cache,
+            temperature=temperature, stop=stop,
+        )  # fmt: skip
+        is_end = torch.isin(tokens, ends)
+        lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, max_new_tokens).tolist()
+        for i, n, row, values in zip(batch, lengths, tokens.tolist(), logprobs.tolist()):
+            text = tokenizer.decode(row[:n], skip_special_tokens=True)
+            results[i] = (row[:n], values[:n], text)
+    return results

@@ -1,0 +1,113 @@
+"""Sampling against Hugging Face's own forward and `generate`. Each test names the bug it guards."""
+
+import pytest
+import torch
+import transformers
+
+import generation
+from generation import Cache, encode_prompts, generate
+
+PROMPTS = ["look around", "You are in a room with a desk 1. " * 6, "take the mug", "look around"]
+
+
+def another(kind):
+    """A small random model of another family."""
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=900, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["tiny", "Qwen3", "Llama"])
+def test_greedy_tokens_equal_hf_generate(policy, kind):
+    model, tokenizer = policy
+    model = model if kind == "tiny" else another(kind)
+    prompts = encode_prompts(tokenizer, PROMPTS)
+    ours = generate(model, tokenizer, prompts, max_new_tokens=12, temperature=0, seed=0, rows=3)
+    for prompt, (ids, _, _) in zip(prompts, ours):
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+        assert ids == out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kind", ["tiny", "Qwen3", "Llama"])
+def test_logprobs_are_those_of_the_training_forward(policy, kind):
+    model, tokenizer = policy
+    model = model if kind == "tiny" else another(kind)
+    prompts = encode_prompts(tokenizer, PROMPTS)
+    for prompt, (ids, logprobs, _) in zip(
+        prompts, generate(model, tokenizer, prompts, max_new_tokens=90, temperature=1.0, seed=5)
+    ):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        theirs = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprobs), theirs, atol=1e-5, rtol=0)
+
+
+def test_temperature_scales_the_logits_before_the_logprobs(policy):
+    model, tokenizer = policy
+    (prompt,) = encode_prompts(tokenizer, ["look around"])
+    ((ids, logprobs, _),) = generate(
+        model, tokenizer, [prompt], max_new_tokens=1, temperature=0.5, seed=0
+    )
+    with torch.no_grad():
+        scores = (model(torch.tensor([prompt])).logits[0, -1] / 0.5).log_softmax(-1)
+    assert logprobs[0] == pytest.approx(scores[ids[0]].item(), abs=1e-5)
+
+
+def test_sampling_is_a_function_of_the_seed(policy):
+    model, tokenizer = policy
+
+    def sample(seed):
+        answers = generate(
+            model, tokenizer, ["hello"] * 8, max_new_tokens=8, temperature=1, seed=seed
+        )
+        return [ids for ids, _, _ in answers]
+
+    assert sample(1) == sample(1) and sample(1) != sample(2)
+    assert len({tuple(ids) for ids in sample(1)}) > 1  # equal prompts draw independently
+
+
+def test_samples_do_not_depend_on_how_rows_are_batched_or_on_a_used_cache(policy):
+    model, tokenizer = policy
+    prompts = encode_prompts(tokenizer, PROMPTS * 3)
+    options = {"max_new_tokens": 40, "temperature": 1.3, "seed": 3}
+    whole = generate(model, tokenizer, prompts, **options)
+    cache = Cache(model, 5, 300)
+    for rows in (1, 5, 5):  # the last one finds what the one before left in the cache
+        cut = generate(
+            model, tokenizer, prompts, rows=rows, cache=cache if rows == 5 else None, **options
+        )
+        assert [a[0] for a in whole] == [a[0] for a in cut]
+    lengths = {len(ids) for ids, _, _ in whole}
+    assert len(lengths) > 2  # so rows did end, and leave the batch, at different times
+
+
+def test_response_stops_at_the_first_eos_and_keeps_it(policy):
+    model, tokenizer = policy
+    ends = generation.eos_ids(model, tokenizer)
+    for ids, logprobs, text in generate(
+        model, tokenizer, PROMPTS * 4, max_new_tokens=60, temperature=1.0, seed=1
+    ):
+        assert not set(ids[:-1]) & set(ends) and len(ids) == len(logprobs)
+        assert ids[-1] in ends or len(ids) == 60
+        assert "<|im_end|>" not in text
+
+
+def test_sample_draws_each_token_as_often_as_its_probability():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]]).expand(40_000, 4)
+    uniform = torch.rand(40_000, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs = generation.sample(logits, uniform, temperature=0.7)
+    expected = (logits[0] / 0.7).softmax(-1)
+    counts = torch.bincount(tokens, minlength=4) / 40_000
+    torch.testing.assert_close(counts, expected, atol=0.01, rtol=0)
+    assert counts[2] == 0
+    torch.testing.assert_close(logprobs.exp(), expected[tokens])
+
+
+def test_bfloat16_prompts_of_one_token_and_no_prompts_at_all(policy):
+    model, tokenizer = policy
+    half = another("Qwen3").bfloat16()
+    assert len(generate(half, tokenizer, [[5], [5, 6]], max_new_tokens=3, temperature=1, seed=0)) == 2
+    assert generate(model, tokenizer, [], max_new_tokens=3, temperature=1, seed=0) == []
