@@ -35,6 +35,7 @@ from transformers import Qwen2Config
 from transformers import logging as transformers_logging
 
 import envs
+import parallel
 from envs import UserError, read_jsonl, write_atomically
 from generation import Cache, encode_prompts, generate
 from skills import Skill, SkillBank, evaluate_skills, group_deltas  # noqa: F401
@@ -98,6 +99,10 @@ class Config:
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     minibatch_rows: int = flag(256, "rows per optimizer step")
     micro_tokens: int = flag(16384, "tokens per forward-backward; lower it when memory runs out")
+    recompute_old: bool = flag(
+        True, "old log-probs by the training forward; false: the sampler's, the same in float32"
+    )
+    ref_offload: bool = flag(False, "keep the reference on the CPU between its passes")
     skip_zero_rows: bool = flag(True, "leave out rows with advantage 0, which only carry KL")
     # phase 0
     n_req: int = flag(512, "N_req: successful plain episodes to collect before mining starts")
@@ -129,7 +134,7 @@ WEBSHOP = dict(  # the numbers of GiGPO's WebShop script where they differ (meth
 TINY = dict(
     dtype="float32", gradient_checkpointing=False, tasks=16, generation_rows=128,
     max_prompt_tokens=1024, max_response_tokens=64, lr=5e-4, kl_coef=0.003, minibatch_rows=256,
-    micro_tokens=8192, beta2=0.999, ema=0.2, n_req=380, warmup_iterations=8, mine_iterations=6,
+    micro_tokens=2048, recompute_old=False, beta2=0.999, ema=0.2, n_req=380, warmup_iterations=8, mine_iterations=6,
     mine_every=2, mine_episodes=6, mine_obs_chars=60, distill_iterations=10, lambda_iterations=4,
 )  # fmt: skip
 PRESETS = {
@@ -192,27 +197,37 @@ def set_up(config: Config):
 
         print(memory.table(config))
         sys.exit()
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
-    if config.data == PRESETS["tiny"]["data"]:
-        import tiny  # the embedded default knows the worlds; nothing else here knows it
-
-        tiny.write_games(Path(config.data))
-    elif config.data == PRESETS["tiny-webshop"]["data"]:
-        import tiny_shop
-
-        tiny_shop.write_catalogue(Path(config.data))
+    dtype_of(config)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no CUDA device; use --device cpu")
-    return torch.device(device)
+    device = parallel.start(device)
+    if parallel.world() > config.tasks:
+        raise UserError(
+            f"{parallel.world()} processes share --tasks {config.tasks}: start fewer, or raise it"
+        )
+    if config.ref_offload and parallel.world() > 1:
+        raise UserError("--ref_offload is for one GPU; several split the reference among them")
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    if parallel.rank() == 0 and config.data == PRESETS["tiny"]["data"]:
+        import tiny  # the embedded default knows the worlds; nothing else here knows it
+
+        tiny.write_games(Path(config.data))
+    elif parallel.rank() == 0 and config.data == PRESETS["tiny-webshop"]["data"]:
+        import tiny_shop
+
+        tiny_shop.write_catalogue(Path(config.data))
+    parallel.wait()
+    return device
 
 
 def run_script(main):
     """Run a script's main; a UserError becomes one line and exit code 2, Ctrl-C one and 130."""
     try:
         main()
+        parallel.stop()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -278,11 +293,13 @@ def load_policy(path, config: Config, device, trainable=True):
     model.requires_grad_(trainable)
     if trainable and config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parallel.shard(model)
     return model.eval(), tokenizer  # no dropout in training either: ratios start at exactly 1
 
 
 def load_reference(config: Config, device):
     """The frozen policy before phase 0, or None when its KL has no weight."""
+    device = "cpu" if config.ref_offload else device
     return load_policy(config.model, config, device, trainable=False)[0] if config.kl_coef else None
 
 
@@ -298,7 +315,12 @@ def make_optimizer(model, config: Config, state=None):
         model.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=1e-8, weight_decay=decay
     )
     if state:
-        optimizer.load_state_dict(state)
+        parameters = list(model.parameters())
+        parts = {
+            i: {name: parallel.split_like(x, parameters[i]) for name, x in part.items()}
+            for i, part in state["state"].items()
+        }
+        optimizer.load_state_dict({**state, "state": parts})
         for group in optimizer.param_groups:  # but with the flags of this phase
             group.update(lr=config.lr, weight_decay=decay)
     return optimizer
@@ -362,21 +384,34 @@ def plan_rollouts(
 def rollout(model, tokenizer, config, plan, *, temperature, seed, desc="rollout") -> list:
     """Play every (item, group, skills) of `plan` to its end -> [Episode].
 
-    All games run in this process, one step of each at a time; finished ones leave the batch.
+    All games run in this process, one step of each at a time; finished ones leave the batch. Of
+    several processes each plays its own groups; all return all episodes, in the order of `plan`.
     """
+    groups = set(parallel.share(list(dict.fromkeys(group for _, group, _ in plan))))
+    own = [member for member in plan if member[1] in groups]
+    with parallel.whole(model):
+        episodes = play(model, tokenizer, config, own, temperature, seed, desc) if own else []
+    episodes = parallel.gather(episodes)
+    for episode, (_, _, skills) in zip(episodes, plan, strict=True):
+        episode.skills = skills  # the bank's own objects again: what is gathered are copies
+    return episodes
+
+
+def play(model, tokenizer, config, plan, temperature, seed, desc) -> list:
+    """The episodes of this process."""
     games = [envs.make_env(config.env, item, config.engine) for item, _, _ in plan]
     states = [game.reset() for game in games]
     episodes = [Episode(*p[:2], o.task, o.task_type, p[2]) for p, o in zip(plan, states)]
     running, tokens, start = list(range(len(plan))), 0, time.time()
-    rows = min(config.generation_rows, len(plan))
+    rows, quiet = min(config.generation_rows, len(plan)), parallel.rank() > 0
     cache = Cache(model, rows, config.max_prompt_tokens + config.max_response_tokens)
-    with tqdm(total=len(plan), desc=desc, unit="episode", leave=False) as bar:
+    with tqdm(total=len(plan), desc=desc, unit="episode", leave=False, disable=quiet) as bar:
         for t in range(config.max_steps):
             prompts = fit_prompts(tokenizer, config, [(episodes[i], states[i]) for i in running])
             answers = generate(
                 model, tokenizer, [used for _, used in prompts], temperature=temperature,
-                max_new_tokens=config.max_response_tokens, seed=1000 * seed + t, rows=rows,
-                cache=cache,
+                max_new_tokens=config.max_response_tokens, rows=rows, cache=cache,
+                seed=1000 * seed + 100 * parallel.rank() + t,
             )  # fmt: skip
             still = []
             for i, (plain, used), (ids, logprobs, text) in zip(running, prompts, answers):
@@ -581,6 +616,7 @@ class Row:
     distill: bool = False  # prompt_ids is the plain prompt of a skill-arm step; only L_int applies
     utility: float = 0.0
     action_mask: list = field(default_factory=list)  # per response token
+    rank: int = 0  # of the process that trains it
     old_logprobs: torch.Tensor | None = None  # filled by `update`, per response token
     ref_logprobs: torch.Tensor | None = None
 
@@ -651,21 +687,30 @@ def token_logprobs(model, ids, response_mask, temperature=1.0):
     return logprobs * response_mask, entropies * response_mask
 
 
-def micro_batches(rows, max_tokens):
-    """Rows sorted by length and cut so that rows x longest row <= `max_tokens`, or one row."""
-    batch = []
+NOTHING = Row([0], [0], 0.0, [0.0], distill=True, action_mask=[False])  # a row without any weight
+
+
+def micro_batches(rows, max_tokens) -> list:
+    """This process's rows sorted by length and cut so that rows x longest row <= `max_tokens`, or
+    one row.
+
+    All processes get equally many, since they pass the model together; NOTHING fills up.
+    """
+    lists = [[] for _ in range(parallel.world())]
     for row in sorted(rows, key=len):
-        if batch and (len(batch) + 1) * len(row) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+        batches = lists[row.rank]
+        if not batches or (len(batches[-1]) + 1) * len(row) > max_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    own, most = lists[parallel.rank()], max(map(len, lists))
+    return own + [[NOTHING]] * (most - len(own))
 
 
 @torch.no_grad()
 def score_rows(model, rows, name, config, pad_id):
-    """Set row.<name> to the log-probs of its response under `model`, by the training forward."""
+    """Set row.<name> of this process's rows to the log-probs of the response under `model`, by the
+    training forward.
+    """
     for batch in micro_batches(rows, 2 * config.micro_tokens):
         t = collate(batch, pad_id, model.device)
         logprobs, _ = token_logprobs(model, t["ids"], t["response_mask"], config.temperature)
@@ -681,6 +726,7 @@ def backward(model, rows, config, lambda_, pad_id) -> dict:
     Each term is a mean over its tokens in the whole mini-batch: a micro-batch counts by its share
     of them, so the gradient does not depend on how the rows are cut.
     """
+    # `rows` are those of all processes, so the counts need no talk between them
     rl_tokens = sum(len(row.response_ids) for row in rows if not row.distill)
     gate_tokens = sum(sum(row.action_mask) for row in rows if row.distill and row.utility > 0)
     totals = defaultdict(float)
@@ -703,53 +749,71 @@ def backward(model, rows, config, lambda_, pad_id) -> dict:
             clip=config.advantage_clip,
         )  # fmt: skip
         loss = policy + config.kl_coef * kl - config.entropy_coef * entropy + lambda_ * internalize
-        loss.backward()
+        (loss * parallel.world()).backward()  # FSDP takes the mean over processes, we the sum
 
-        clipped = share * masked_mean(((logprobs - old).exp() - 1).abs() > config.clip, mask)
-        names = ("loss", "policy", "kl", "entropy", "internalize", "clipped")
-        for name, value in zip(names, (loss, policy, kl, entropy, internalize, clipped)):
+        with torch.no_grad():
+            log_ratio = logprobs - old
+            clipped = share * masked_mean((log_ratio.exp() - 1).abs() > config.clip, mask)
+            log_ratio = share * masked_mean(log_ratio.abs(), mask)
+        names = ("loss", "policy", "kl", "entropy", "internalize", "clipped", "log_ratio")
+        for name, value in zip(
+            names, (loss, policy, kl, entropy, internalize, clipped, log_ratio)
+        ):
             totals[name] += value.item()
-    return dict(totals)
+    return parallel.total(totals)
 
 
 def update(model, reference, optimizer, rows, config, *, tokenizer, seed, lambda_=0.0) -> dict:
     """One pass over the rows, an optimizer step per `minibatch_rows` -> metrics.
 
     RL and distillation rows are shuffled together, so both act in every step (6.4). Old log-probs
-    are recomputed with the training forward, so ratios start at 1; how far they are from the
-    sampler's is logged as `logprob_gap`.
+    are recomputed with the training forward, so ratios start at 1, or taken from the sampler
+    (--recompute_old); how far the two are apart is logged as `logprob_gap`.
     """
     if not rows:
         return {"rows": 0, "distill_rows": 0, "optimizer_steps": 0}
     pad_id, start = tokenizer.pad_token_id or 0, time.time()
-    trained = [row for row in rows if not row.distill]
-    score_rows(model, trained, "old_logprobs", config, pad_id)
-    if reference is not None:
-        score_rows(reference, trained, "ref_logprobs", config, pad_id)
-    gaps = [(row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs() for row in trained]
-    gap = torch.cat(gaps) if gaps else torch.zeros(1)
-
     rows = random.Random(seed).sample(rows, len(rows))
     steps = max(1, round(len(rows) / config.minibatch_rows))
-    bar, logs = tqdm(total=len(rows), desc="update", unit="row", leave=False), []
+    batches = [rows[n * len(rows) // steps : (n + 1) * len(rows) // steps] for n in range(steps)]
+    for batch in batches:
+        for i, row in enumerate(sorted(batch, key=len)):
+            row.rank = i % parallel.world()
+
+    trained = [row for row in rows if not row.distill]
+    for row in trained:
+        row.old_logprobs = torch.tensor(row.rollout_logprobs)
+    if config.recompute_old:
+        score_rows(model, trained, "old_logprobs", config, pad_id)
+    if reference is not None:
+        reference.to(model.device)  # from the CPU with --ref_offload, else it is there
+        score_rows(reference, trained, "ref_logprobs", config, pad_id)
+        if config.ref_offload:
+            reference.to("cpu")
+
+    logs, bar = [], tqdm(
+        total=len(rows), desc="update", unit="row", leave=False, disable=parallel.rank() > 0
+    )
     model.train()  # gradient checkpointing works in train mode only; these models have no dropout
-    for n in range(steps):
-        batch = rows[n * len(rows) // steps : (n + 1) * len(rows) // steps]
+    for batch in batches:
         optimizer.zero_grad(set_to_none=True)
         log = backward(model, batch, config, lambda_, pad_id)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
-        logs.append(log | {"grad_norm": float(norm)})
+        logs.append(log | {"grad_norm": float(parallel.join(norm))})
         bar.update(len(batch))
         bar.set_postfix(loss=f"{log['loss']:.3f}")
     model.eval()
     bar.close()
+    gap = logs[0]["log_ratio"]  # of the first step, before the policy has moved
+    if config.recompute_old:
+        gaps = [(row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs() for row in trained]
+        gap = torch.cat(gaps).mean().item() if gaps else 0.0
     return {name: float(np.mean([log[name] for log in logs])) for name in logs[0]} | {
         "rows": len(trained),
         "distill_rows": len(rows) - len(trained),
         "optimizer_steps": steps,
-        "logprob_gap": gap.mean().item(),
-        "logprob_gap_max": gap.max().item(),
+        "logprob_gap": gap,
         "update_tokens_per_s": sum(map(len, rows)) / (time.time() - start),
     }
 
@@ -759,13 +823,18 @@ def update(model, reference, optimizer, rows, config, *, tokenizer, seed, lambda
 # --------------------------------------------------------------------------------------------------
 
 
+def load_state(folder) -> dict:
+    """state.pt of a phase; the optimizer's part stays in the file until it is used."""
+    return torch.load(folder / "state.pt", weights_only=False, mmap=True)
+
+
 class Run:
     """runs/<name>/: config.json, metrics.jsonl, episodes.jsonl; per phase model/ and state.pt."""
 
     def __init__(self, config, phase):
         self.config, self.phase, self.root = config, phase, Path("runs") / config.run
         self.folder = self.root / phase
-        if phase == "warmup" and not self.folder.exists():
+        if phase == "warmup" and not self.folder.exists() and parallel.rank() == 0:
             write_atomically(self.root / "config.json", json.dumps(asdict(config), indent=2))
 
     def resume_or_start(self, after) -> tuple:
@@ -776,7 +845,7 @@ class Run:
         folder, command = self.root / after, f"`python {after}.py --run {self.config.run}`"
         if not (folder / "model").exists():
             raise UserError(f"{folder}/model is missing: run {command} first")
-        before = torch.load(folder / "state.pt", weights_only=False)
+        before = load_state(folder)
         if not before["finished"]:
             raise UserError(f"{folder} is not finished: {command} goes on with it")
         state = self.resume()
@@ -784,11 +853,14 @@ class Run:
 
     def save(self, model, tokenizer, optimizer, bank=None, **state):
         """Save the phase as one folder, swapped in whole: interrupted, the last good one stays."""
+        weights, moments = parallel.join(model.state_dict()), parallel.join(optimizer.state_dict())
+        if parallel.rank() > 0:
+            return
         part, old = (self.root / f"{self.phase}.{suffix}" for suffix in ("part", "old"))
         shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part / "model")
+        model.save_pretrained(part / "model", state_dict=weights)
         tokenizer.save_pretrained(part / "model")
-        torch.save({"optimizer": optimizer.state_dict(), **state}, part / "state.pt")
+        torch.save({"optimizer": moments, **state}, part / "state.pt")
         write_atomically(part / "config.json", json.dumps(asdict(self.config), indent=2))
         if bank:
             bank.save(part / "skills.jsonl")
@@ -804,14 +876,17 @@ class Run:
         UserError if the phase was begun with another config.
         """
         old, state = self.root / f"{self.phase}.old", None
-        if old.exists() and not self.folder.exists():  # stopped between the two renames of `save`
+        if parallel.rank() == 0 and old.exists() and not self.folder.exists():  # stopped between the two renames of `save`
             old.rename(self.folder)
+        parallel.wait()
         if self.folder.exists():
             saved, now = json.loads((self.folder / "config.json").read_text()), asdict(self.config)
             for name in now:
                 if saved.get(name) != now[name]:
                     raise other_config(self.folder, name, saved.get(name), now[name])
-            state = torch.load(self.folder / "state.pt", weights_only=False)
+            state = load_state(self.folder)
+        if parallel.rank() > 0:
+            return state
         kept = state["iteration"] if state else 0
         for path in (self.root / "metrics.jsonl", self.root / "episodes.jsonl"):
             lines = read_jsonl(path) if path.exists() else []
@@ -821,6 +896,8 @@ class Run:
 
     def log(self, iteration, metrics, episodes, line):
         """One line of metrics, a few readable episodes, one line on the screen."""
+        if parallel.rank() > 0:
+            return
         where = {"phase": self.phase, "iteration": iteration}
         with open(self.root / "metrics.jsonl", "a") as file:
             file.write(json.dumps({**where, "time": round(time.time(), 1), **metrics}) + "\n")

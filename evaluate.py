@@ -22,6 +22,7 @@ import numpy as np
 
 import common
 import envs
+import parallel
 from common import SkillBank, UserError, flag, plan_rollouts, rollout, wilson
 
 
@@ -117,7 +118,8 @@ def main():
     record = {"checkpoint": str(path), "skills": bool(bank), "seed": config.seed}
     record |= {"split": split, "temperature": choice.eval_temperature}
     record |= {"results": results, "items": {e.item: e.success for e in episodes}}
-    common.write_atomically(out, json.dumps(record, indent=1))
+    if parallel.rank() == 0:
+        common.write_atomically(out, json.dumps(record, indent=1))
     print(f"written to {out}")
 
 

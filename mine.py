@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 
 import common
 import envs
+import parallel
 from common import Run, SkillBank, episode_advantages, rl_rows, rollout, rollout_metrics
 
 
@@ -50,10 +51,12 @@ def mine(model, tokenizer, config, bank, successes, iteration, seed) -> Counter:
                 task, bucket, steps, known, config.mine_obs_chars, config.env
             )
         )
-    limit = config.max_response_tokens
-    answers = common.generate(
-        model, tokenizer, prompts, max_new_tokens=limit, temperature=1.0, seed=seed
-    )
+    with parallel.whole(model):
+        answers = common.generate(
+            model, tokenizer, parallel.share(prompts), temperature=1.0, seed=seed + parallel.rank(),
+            max_new_tokens=config.max_response_tokens,
+        )  # fmt: skip
+    answers = parallel.gather(answers)
     outcome = Counter()
     for episode, (_, _, text) in zip(chosen, answers):
         skill = common.parse_skill(text)

@@ -37,7 +37,7 @@ def test_all_phases_end_to_end_then_evaluation_and_plot(games, tmp_path, monkeyp
     run = tmp_path / "runs" / "t"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["phase"] for r in records] == ["warmup"] * 2 + ["mine"] * 3 + ["distill"] * 2
-    assert all(r["logprob_gap_max"] < 1e-3 for r in records if r["rows"])
+    assert all(r["logprob_gap"] < 1e-3 for r in records if r["rows"])
     ramp = common.PRESETS["tiny"]["lambda_iterations"]
     assert records[-1]["lambda"] == pytest.approx(0.1 * 2 / ramp)
     skills = [json.loads(line) for line in (run / "mine" / "skills.jsonl").read_text().splitlines()]
@@ -78,7 +78,7 @@ def test_all_phases_end_to_end_in_the_embedded_shop(tmp_path, monkeypatch, capsy
         call(monkeypatch, script, f"--env webshop {flags}")
     run = tmp_path / "runs" / "tiny-webshop"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len(records) == 7 and all(r["logprob_gap_max"] < 1e-3 for r in records if r["rows"])
+    assert len(records) == 7 and all(r["logprob_gap"] < 1e-3 for r in records if r["rows"])
     skills = [json.loads(line) for line in (run / "mine" / "skills.jsonl").read_text().splitlines()]
     assert {s["bucket"] for s in skills} <= set(tiny_shop.CATEGORIES)
     call(monkeypatch, evaluate, "--run tiny-webshop --eval_items 8")

@@ -1,0 +1,126 @@
+"""Several GPUs: `torchrun --nproc-per-node N warmup.py ...`, by PyTorch's FSDP2.
+
+Every process runs the same script with the same seed. They differ in two places: `rollout` plays
+the groups of its own rank and then gathers the episodes of all, `update` trains the rows of its own
+rank while FSDP sums the gradients. What lies between (advantages, Delta_g, the skill bank) is small
+and computed by all alike, so the phases read as for one process. Without torchrun there is one
+rank, and nothing here does anything.
+
+| state       | where                                                                             |
+|-------------|-----------------------------------------------------------------------------------|
+| weights     | sharded over the ranks, also gradients, optimizer state and reference; gathered   |
+|             | layer by layer in the update, whole on each rank during a rollout (`whole`)       |
+| episodes    | the same on all ranks                                                             |
+| run folder  | written by rank 0                                                                 |
+"""
+
+import os
+import sys
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def start(device: str) -> torch.device:
+    """Join the processes that torchrun started, if it did -> this rank's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
+        if rank():
+            sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+    return torch.device(device)
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait():
+    """Until all ranks are here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def share(values: list) -> list:
+    """This rank's part of a list, about as long as the others'; `gather` restores the order."""
+    n = len(values)
+    return values[n * rank() // world() : n * (rank() + 1) // world()]
+
+
+def gather(values: list) -> list:
+    """The lists of all ranks, one after the other, on every rank."""
+    if world() == 1:
+        return values
+    lists = [None] * world()
+    dist.all_gather_object(lists, values)
+    return [value for part in lists for value in part]
+
+
+def total(values: dict) -> dict:
+    """Name -> sum over the ranks."""
+    parts = gather([values])
+    return {name: sum(part[name] for part in parts) for name in values}
+
+
+def shard(model):
+    """Split the weights over the ranks, layer by layer; gradients are summed in float32."""
+    if world() > 1:
+        # RoPE's tables must stay float32, so no inputs are cast
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for layer in model.model.layers:
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+    return model
+
+
+@contextmanager
+def whole(model):
+    """The whole weights on this rank, for a rollout, which each rank does at its own pace.
+
+    They must be split again before an optimizer step: it moves the shards, and whole weights that
+    stayed would silently be the old ones.
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+
+
+def join(state):
+    """Nested dicts and lists with every split tensor put together, for a file. All ranks must call
+    it; rank 0 gets the tensors, all get scalars.
+    """
+    if isinstance(state, dict):
+        return {name: join(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [join(value) for value in state]
+    if not isinstance(state, DTensor):
+        return state
+    tensor = state.full_tensor()
+    return tensor.cpu() if rank() == 0 or tensor.dim() == 0 else None
+
+
+def split_like(value, parameter):
+    """A tensor of the optimizer's state, split as its parameter is."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
