@@ -134,8 +134,9 @@ WEBSHOP = dict(  # the numbers of GiGPO's WebShop script where they differ (meth
 TINY = dict(
     dtype="float32", gradient_checkpointing=False, tasks=16, generation_rows=128,
     max_prompt_tokens=1024, max_response_tokens=64, lr=5e-4, kl_coef=0.003, minibatch_rows=256,
-    micro_tokens=2048, recompute_old=False, beta2=0.999, ema=0.2, n_req=380, warmup_iterations=8, mine_iterations=6,
-    mine_every=2, mine_episodes=6, mine_obs_chars=60, distill_iterations=10, lambda_iterations=4,
+    micro_tokens=2048, recompute_old=False, beta2=0.999, ema=0.2, n_req=380, warmup_iterations=8,
+    mine_iterations=6, mine_every=2, mine_episodes=6, mine_obs_chars=60,
+    distill_iterations=10, lambda_iterations=4,
 )  # fmt: skip
 PRESETS = {
     "alfworld-7b": {"run": "alfworld-7b"},
@@ -833,6 +834,7 @@ class Run:
 
     def __init__(self, config, phase):
         self.config, self.phase, self.root = config, phase, Path("runs") / config.run
+        self.clock = time.time()  # of the last line of the log
         self.folder = self.root / phase
         if phase == "warmup" and not self.folder.exists() and parallel.rank() == 0:
             write_atomically(self.root / "config.json", json.dumps(asdict(config), indent=2))
@@ -876,7 +878,8 @@ class Run:
         UserError if the phase was begun with another config.
         """
         old, state = self.root / f"{self.phase}.old", None
-        if parallel.rank() == 0 and old.exists() and not self.folder.exists():  # stopped between the two renames of `save`
+        # stopped between the two renames of `save`
+        if parallel.rank() == 0 and old.exists() and not self.folder.exists():
             old.rename(self.folder)
         parallel.wait()
         if self.folder.exists():
@@ -898,9 +901,10 @@ class Run:
         """One line of metrics, a few readable episodes, one line on the screen."""
         if parallel.rank() > 0:
             return
-        where = {"phase": self.phase, "iteration": iteration}
+        seconds, self.clock = time.time() - self.clock, time.time()
+        where = {"phase": self.phase, "iteration": iteration, "seconds": round(seconds, 2)}
         with open(self.root / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({**where, "time": round(time.time(), 1), **metrics}) + "\n")
+            file.write(json.dumps(where | metrics) + "\n")
         count = min(self.config.samples, len(episodes))
         with open(self.root / "episodes.jsonl", "a") as file:
             for e in random.Random(iteration).sample(episodes, count):

@@ -1,4 +1,6 @@
-"""Several GPUs: `torchrun --nproc-per-node N warmup.py ...`, by PyTorch's FSDP2.
+"""Several GPUs: `torchrun --nproc-per-node N -- warmup.py ...`, by PyTorch's FSDP2.
+
+(With the "--", or torchrun takes a script's --run for a flag of its own.)
 
 Every process runs the same script with the same seed. They differ in two places: `rollout` plays
 the groups of its own rank and then gathers the episodes of all, `update` trains the rows of its own
@@ -119,8 +121,8 @@ def join(state):
 
 
 def split_like(value, parameter):
-    """A tensor of the optimizer's state, split as its parameter is."""
-    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+    """An entry of the optimizer's state, split as its parameter is if it has the same shape."""
+    if not isinstance(parameter, DTensor) or getattr(value, "shape", None) != parameter.shape:
         return value
     value = value.to(parameter.device)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)
