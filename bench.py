@@ -4,39 +4,52 @@
     python bench.py --preset alfworld-7b --model qwen2.5-7b-shape       # the 7B's shape on a GPU
     python bench.py --out results/bench.jsonl
 
-| figure  | measures                                        | beside                               |
-|---------|-------------------------------------------------|--------------------------------------|
-| rollout | tokens/s of `common.generate`                   | `model.generate`, same prompts       |
-| decode  | seconds a step with the whole batch             | weights + KV cache over copy speed   |
-| update  | tokens/s of `common.update`                     | padded rows with logits everywhere   |
-| mfu     | update FLOP/s, 6 a parameter and token          | a large matrix product               |
-| memory  | peak bytes of rollout and of update (GPU only)  | the table of `memory.py`             |
-| env     | steps/s of the plain-Python ALFWorld            | stock alfworld                       |
+| figure    | measures                                      | beside                               |
+|-----------|-----------------------------------------------|--------------------------------------|
+| rollout   | tokens/s of `generate`, the prompts of a real | `model.generate`, the same prompts   |
+|           | rollout, turn by turn                         |                                      |
+| decode    | seconds a step with the whole batch           | weights + KV cache over copy speed   |
+| update    | tokens/s of `update` on that rollout's rows   | the same rows, each padded to the    |
+|           |                                               | longest, logits at every position    |
+| mfu       | update FLOP/s, 6 a parameter and token (and 2 | a large matrix product               |
+|           | more with --recompute_old)                    |                                      |
+| memory    | peak bytes, rollout and update (GPU only)     | the table of `memory.py`             |
+| iteration | seconds of the second iteration of each phase |                                      |
+| env       | steps/s of the plain-Python ALFWorld          | stock alfworld                       |
 
-Without a world's data the generated games are used: the real lengths are those of the preset.
+Without --data the generated games are used, and with --prompt_tokens their prompts are repeated to
+the length of real ones. Random weights never end a response: each has --new_tokens tokens then.
 """
 
 import json
 import platform
+import subprocess
+import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import date
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 
 import common
 import envs
 import memory
 import tiny
 from common import flag
+from generation import Cache, eos_ids, generate
 
 
 @dataclass
 class Bench:
-    rows: int = flag(64, "prompts decoded together, and rows of the update")
-    new_tokens: int = flag(48, "tokens sampled for each prompt")
-    prompt_tokens: int = flag(0, "cut or repeat the prompts to this length; 0: as they are")
+    turns: int = flag(4, "turns of the rollout")
+    new_tokens: int = flag(48, "longest response")
+    prompt_tokens: int = flag(0, "cut or repeat prompts to this length; 0: as they are")
+    update_rows: int = flag(512, "rows of the update, at most")
+    iterations: int = flag(2, "iterations of each phase; 0: leave this figure out")
     env_steps: int = flag(20, "steps played in the stock engine")
     out: str = flag("", "append the JSON lines to this file too")
 
@@ -53,45 +66,55 @@ def seconds(run, device, repeat=3) -> float:
     return min(times[1:])
 
 
-def prompts_of(tokenizer, config, bench) -> list:
-    """Token ids of first prompts of generated games."""
-    items = envs.list_items("alfworld", "train", tiny.write_games(tiny.GAMES))[: bench.rows]
-    texts = [envs.build_prompt(envs.make_env("alfworld", item).reset()) for item in items]
-    ids = common.encode_prompts(tokenizer, texts)
-    if bench.prompt_tokens:
-        ids = [(p * (1 + bench.prompt_tokens // len(p)))[: bench.prompt_tokens] for p in ids]
-    return ids
+def play(model, tokenizer, config, bench) -> tuple:
+    """A rollout of some turns -> (its episodes, the prompts of each turn as token ids)."""
+    items = common.list_items(config, config.split)
+    plan = common.plan_rollouts(common.draw_items(items, config, "bench", 1), config)
+    short = replace(config, max_steps=bench.turns, max_response_tokens=bench.new_tokens)
+    episodes = common.rollout(model, tokenizer, short, plan, temperature=1.0, seed=0)
+    for step in (s for e in episodes for s in e.steps):
+        if bench.prompt_tokens:
+            repeats = 1 + bench.prompt_tokens // len(step.prompt_ids)
+            step.prompt_ids = (step.prompt_ids * repeats)[: bench.prompt_tokens]
+    turns = [
+        [e.steps[t].prompt_ids for e in episodes if len(e.steps) > t] for t in range(bench.turns)
+    ]
+    return episodes, [prompts for prompts in turns if prompts]
 
 
-def hf_generate(model, tokenizer, prompts, new_tokens):
-    """The peer: left-padded batch, sampling, no stop token so that lengths are equal."""
-    width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id or 0
+def hf_generate(model, tokenizer, prompts, new_tokens, ends) -> int:
+    """The peer: a left-padded batch and `model.generate` -> tokens sampled, as `generate` counts."""
+    width, pad = max(map(len, prompts)), tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]).to(model.device)
     with torch.no_grad():
-        return model.generate(
+        out = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=True,
-            min_new_tokens=new_tokens, pad_token_id=pad,
-        )  # fmt: skip
+            pad_token_id=pad, eos_token_id=ends, top_k=0,
+        )[:, width:]  # fmt: skip
+    is_end = torch.isin(out, torch.tensor(ends, device=out.device))
+    return int(torch.where(is_end.any(1), is_end.int().argmax(1) + 1, out.shape[1]).sum())
 
 
-def padded_step(model, optimizer, rows, pad, micro=16):
-    """The peer of the update: rows in given order, padded, float32 logits at every position."""
+def padded_step(model, optimizer, rows, pad, tokens_at_once):
+    """The peer of the update: every row padded to the longest, float32 logits at every position."""
     optimizer.zero_grad()
     model.train()
-    tokens = sum(len(row.response_ids) for row in rows)
-    for start in range(0, len(rows), micro):
-        batch = rows[start : start + micro]
+    tokens, width = sum(len(row.response_ids) for row in rows), max(map(len, rows))
+    count = max(1, tokens_at_once // width)
+    for start in range(0, len(rows), count):
+        batch = rows[start : start + count]
         t = common.collate(batch, pad, model.device)
-        lengths = torch.tensor([len(row) for row in batch], device=model.device)
-        at = torch.arange(t["ids"].shape[1], device=model.device)
-        attention = at < lengths[:, None]  # [B, L]
-        logits = model(input_ids=t["ids"], attention_mask=attention.long(), use_cache=False).logits
-        losses = F.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), t["ids"][:, 1:], reduction="none"
+        ids, mask = (
+            F.pad(t[name], (0, width - t[name].shape[1])) for name in ("ids", "response_mask")
         )
-        ((losses * t["response_mask"][:, 1:]).sum() / tokens).backward()
+        lengths = torch.tensor([len(row) for row in batch], device=model.device)
+        attention = torch.arange(width, device=model.device) < lengths[:, None]  # [B, L]
+        logits = model(input_ids=ids, attention_mask=attention.long(), use_cache=False).logits
+        losses = F.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none"
+        )
+        ((losses * mask[:, 1:]).sum() / tokens).backward()
     optimizer.step()
     model.eval()
 
@@ -120,72 +143,133 @@ def env_steps(item, engine, count) -> float:
     return count / (time.perf_counter() - start)
 
 
+def iteration_seconds(config, bench) -> dict:
+    """Phase -> seconds of its last iteration, from the metrics of the scripts run one by one."""
+    root = Path(__file__).resolve().parent
+    flags = [f"--{f.name}={getattr(config, f.name)}" for f in fields(config)]
+    flags += [f"--data={Path(config.data).resolve()}"]
+    flags += ["--run=bench", "--n_req=1000000000", f"--warmup_iterations={bench.iterations}"]
+    flags += [f"--mine_iterations={bench.iterations}", f"--distill_iterations={bench.iterations}"]
+    flags += ["--n_eval=1", "--active_above=-1", "--mine_every=1"]  # so that skills are in use
+    with tempfile.TemporaryDirectory() as folder:
+        for phase in ("warmup", "mine", "distill"):
+            command = [sys.executable, root / f"{phase}.py", *flags]
+            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        lines = envs.read_jsonl(Path(folder) / "runs" / "bench" / "metrics.jsonl")
+    return {line["phase"]: line["seconds"] for line in lines}
+
+
 def main():
     config, bench = common.parse_config("bench", __doc__.split("\n")[0], Bench)
+    config.data = config.data or str(tiny.write_games(tiny.GAMES))
     device = common.set_up(config)
     model, tokenizer = common.load_policy(config.model, config, device)
-    lines = []
+    ends, lines = eos_ids(model, tokenizer), []
 
-    def report(figure, value, peer, peer_name, unit, **more):
-        line = {"figure": figure, "value": value, "unit": unit, peer_name: peer}
-        line |= {"ratio": value / peer, **more}
-        line = {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
+    def report(figure, value, unit, peer_name="", peer=None, **more):
+        line = {"figure": figure, "value": value, "unit": unit}
+        if peer:
+            line |= {peer_name: peer, "ratio": value / peer}
+        line = {k: round(v, 4) if isinstance(v, float) else v for k, v in (line | more).items()}
         lines.append(json.dumps(line))
         print(lines[-1], flush=True)
+
+    def reset_peak():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def report_peak(figure, expected):
+        if device.type == "cuda":
+            used = torch.cuda.max_memory_allocated()
+            report(figure, used, "bytes", "expected", expected)
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     lines.append(json.dumps({
         "hardware": name or platform.machine(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "date": str(date.today()), "model": config.model,
-        "dtype": config.dtype, "parameters": model.num_parameters(),
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "date": str(date.today()), "model": config.model, "dtype": config.dtype,
+        "parameters": model.num_parameters(),
     }))  # fmt: skip
     print(lines[-1])
+    parts = memory.parts(config)
+    fixed = parts["weights"]
 
-    # rollout: the same prompts, the same number of tokens
-    prompts, n = prompts_of(tokenizer, config, bench), bench.new_tokens
-    tokens = len(prompts) * n
-    ours = seconds(lambda: common.generate(
-        model, tokenizer, prompts, max_new_tokens=n, temperature=1.0, seed=0,
-        rows=len(prompts), stop=False), device)  # fmt: skip
-    theirs = seconds(lambda: hf_generate(model, tokenizer, prompts, n), device)
-    report("rollout", tokens / ours, tokens / theirs, "hf_generate", "tokens/s", rows=len(prompts))
+    # rollout: the prompts of every turn, at temperature 1, until each row has ended
+    episodes, turns = play(model, tokenizer, config, bench)
+    rows, n = config.generation_rows, bench.new_tokens
+    counts = {}
+    width = max(len(p) for turn in turns for p in turn) + n
+    reset_peak()
+
+    def ours():
+        cache = Cache(model, min(rows, len(turns[0])), width)
+        answers = [
+            generate(
+                model, tokenizer, turn, max_new_tokens=n, temperature=1.0, seed=t, rows=rows,
+                cache=cache,
+            )
+            for t, turn in enumerate(turns)
+        ]  # fmt: skip
+        counts["ours"] = sum(len(ids) for turn in answers for ids, _, _ in turn)
+
+    def theirs():
+        counts["hf"] = sum(
+            hf_generate(model, tokenizer, turn[i : i + rows], n, ends)
+            for turn in turns for i in range(0, len(turn), rows)
+        )  # fmt: skip
+
+    times = seconds(ours, device), seconds(theirs, device)
+    prompts = sum(map(len, turns))
+    report("rollout", counts["ours"] / times[0], "tokens/s", "hf_generate", counts["hf"] / times[1],
+           prompts=prompts, prompt_tokens=sum(len(p) for turn in turns for p in turn) / prompts,
+           response_tokens=counts["ours"] / prompts)  # fmt: skip
 
     # decode: a step has to read the weights and the cache
-    first = seconds(lambda: common.generate(
-        model, tokenizer, prompts, max_new_tokens=1, temperature=1.0, seed=0,
-        rows=len(prompts), stop=False), device)  # fmt: skip
-    step = (ours - first) / (n - 1)
+    batch = turns[-1][:rows]
+
+    def decode(length):
+        options = {"max_new_tokens": length, "temperature": 1.0, "seed": 0, "stop": False}
+        return seconds(lambda: generate(model, tokenizer, batch, rows=rows, **options), device)
+
+    step = (decode(n) - decode(1)) / (n - 1)
     size = next(model.parameters()).element_size()
-    context = sum(map(len, prompts)) + len(prompts) * n / 2
-    cache = memory.cache_bytes(model.config, size, context)
-    bound = (size * model.num_parameters() + cache) / copy_bandwidth(device)
-    report("decode", 1 / step, 1 / bound, "bandwidth_bound", "steps/s", ms=1e3 * step)
+    context = sum(map(len, batch)) + len(batch) * n / 2
+    read = size * model.num_parameters() + memory.cache_bytes(model.config, size, context)
+    bound = read / copy_bandwidth(device)
+    report("decode", 1 / step, "steps/s", "bandwidth_bound", 1 / bound, rows=len(batch),
+           ms=1e3 * step)  # fmt: skip
+    report_peak("memory_rollout", fixed + parts["KV cache"])
 
-    # update: rows as a rollout leaves them
-    answers = common.generate(
-        model, tokenizer, prompts, max_new_tokens=n, temperature=1.0, seed=0, rows=len(prompts)
-    )
+    # update: rows as that rollout leaves them
+    steps = [s for e in episodes for s in e.steps][: bench.update_rows]
     rows = [
-        common.Row(p, ids, 1.0 if i % 2 else -1.0, logprobs)
-        for i, (p, (ids, logprobs, _)) in enumerate(zip(prompts, answers))
+        common.Row(s.prompt_ids, s.response_ids, 1.0 if i % 2 else -1.0, s.logprobs)
+        for i, s in enumerate(steps)
     ]
-    total = sum(map(len, rows))
-    optimizer = common.make_optimizer(model, config)
+    total, once = sum(map(len, rows)), replace(config, minibatch_rows=len(rows))
+    optimizer, pad = common.make_optimizer(model, config), tokenizer.pad_token_id or 0
     batch = {"tokenizer": tokenizer, "seed": 0}
-    ours = seconds(lambda: common.update(model, None, optimizer, rows, config, **batch), device)
-    pad = tokenizer.pad_token_id or 0
-    theirs = seconds(lambda: padded_step(model, optimizer, rows, pad), device)
-    report("update", total / ours, total / theirs, "padded_full_logits", "tokens/s", rows=len(rows))
+    reset_peak()
+    ours = seconds(lambda: common.update(model, None, optimizer, rows, once, **batch), device)
+    report_peak("memory_update", memory.peak(parts | {"KV cache": 0, "reference": 0}))
+    theirs = seconds(
+        lambda: padded_step(model, optimizer, rows, pad, config.micro_tokens), device
+    )
+    report("update", total / ours, "tokens/s", "padded_full_logits", total / theirs, rows=len(rows),
+           row_tokens=total / len(rows))  # fmt: skip
+    flops = (8 if config.recompute_old else 6) * model.num_parameters() * total / ours
     dtype = next(model.parameters()).dtype
-    flops = 8 * model.num_parameters() * total / ours  # 2 for the old log-probs, 6 to train
-    report("mfu", flops, matmul_flops(device, dtype), "matmul", "FLOP/s")
+    report("mfu", flops, "FLOP/s", "matmul", matmul_flops(device, dtype))
 
+    del model, optimizer, batch
     if device.type == "cuda":
-        expected = memory.peak(memory.parts(config))
-        report("memory", float(torch.cuda.max_memory_allocated()), expected, "expected", "bytes")
-    item = envs.list_items("alfworld", "train", tiny.GAMES)[0]
+        torch.cuda.empty_cache()
+    if bench.iterations:
+        for phase, value in iteration_seconds(config, bench).items():
+            report(f"iteration_{phase}", value, "s")
+    item = envs.list_items("alfworld", "train", tiny.write_games(tiny.GAMES))[0]
     fast, stock = env_steps(item, "fast", 20_000), env_steps(item, "textworld", bench.env_steps)
-    report("env", fast, stock, "stock", "steps/s")
+    report("env", fast, "steps/s", "stock", stock)
     if bench.out:
         with open(bench.out, "a") as file:
             file.write("\n".join(lines) + "\n")

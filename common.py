@@ -196,7 +196,8 @@ def set_up(config: Config):
     if config.dry_run:
         import memory
 
-        print(memory.table(config))
+        if os.environ.get("RANK", "0") == "0":
+            print(memory.table(config))
         sys.exit()
     dtype_of(config)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -246,11 +247,16 @@ def run_script(main):
 # --------------------------------------------------------------------------------------------------
 
 
-SHAPES = {"qwen2.5-7b-shape": dict(  # the 7B with random weights, to measure without a download
-    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-    num_key_value_heads=4, vocab_size=152064, max_position_embeddings=32768, rope_theta=1e6,
-    tie_word_embeddings=False,
-)}  # fmt: skip
+SHAPES = {  # Qwen2.5 with random weights, to measure without a download
+    "qwen2.5-7b-shape": dict(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False,
+    ),
+    "qwen2.5-1.5b-shape": dict(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
 
 
 def local_path(path) -> Path | str:
@@ -902,9 +908,9 @@ class Run:
         if parallel.rank() > 0:
             return
         seconds, self.clock = time.time() - self.clock, time.time()
-        where = {"phase": self.phase, "iteration": iteration, "seconds": round(seconds, 2)}
+        where = {"phase": self.phase, "iteration": iteration}
         with open(self.root / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(where | metrics) + "\n")
+            file.write(json.dumps({**where, "seconds": round(seconds, 2), **metrics}) + "\n")
         count = min(self.config.samples, len(episodes))
         with open(self.root / "episodes.jsonl", "a") as file:
             for e in random.Random(iteration).sample(episodes, count):

@@ -55,6 +55,8 @@ class Cache:
             torch.zeros(size, dtype=weight.dtype, device=weight.device) for _ in range(2)
         )
         self.rows, self.length, self.graphs = rows, length, {}
+        # graphs run one at a time and start from their inputs, so they may share their memory
+        self.pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None
 
     def move(self, sources, targets):
         """Copy rows `sources` onto rows `targets`, in all layers."""
@@ -169,7 +171,7 @@ def replay(cache, step, *inputs, **shape):
             step(*fixed, **shape)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=cache.pool):
             outputs = step(*fixed, **shape)
         cache.graphs[key] = graph, fixed, outputs
     graph, fixed, outputs = cache.graphs[key]

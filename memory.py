@@ -2,6 +2,7 @@
 
     python warmup.py --preset alfworld-7b --dry_run
     python memory.py --preset alfworld-1.5b          # the same table
+    WORLD_SIZE=4 python memory.py --preset alfworld-7b     # for each of 4 GPUs under torchrun
 
 Bytes are counted from the model's shape alone (its config.json, no weights):
 
@@ -10,13 +11,17 @@ Bytes are counted from the model's shape alone (its config.json, no weights):
 | weights     | P parameters, 2 (bfloat16) or 4 bytes                                              |
 | gradients   | as the weights                                                                     |
 | optimizer   | two moments, and in bfloat16 the Kahan buffer, each as the weights                 |
-| reference   | as the weights; nothing with --kl_coef 0                                           |
+| reference   | as the weights; nothing with --kl_coef 0, or with --ref_offload in the update      |
 | KV cache    | generation_rows x (prompt + response) x layers x 2 x KV heads x head size          |
 | activations | micro_tokens x layers x hidden size (the checkpoints) + what one layer keeps alive |
 | logits      | response tokens of a micro-batch x vocabulary, float32, three copies               |
 
 Rollout and update take turns, so the peak is the larger of the cache and the update's own parts.
+N GPUs hold an N-th of the first four each; a rollout needs the whole weights on each all the same.
 """
+
+import math
+import os
 
 import common
 
@@ -60,7 +65,9 @@ def parts(config) -> dict:
     weights = size * parameters
     layers, width = shape.num_hidden_layers, shape.hidden_size
     longest = config.max_prompt_tokens + config.max_response_tokens
-    cache = cache_bytes(shape, size, longest * config.generation_rows)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    rows = min(config.generation_rows, math.ceil(config.tasks / ranks) * config.group_size)
+    cache = cache_bytes(shape, size, longest * rows)
     tokens = max(config.micro_tokens, longest)
     # a layer in backward: attention and MLP intermediates of width d and of the MLP's width
     layer = tokens * (12 * width + 4 * shape.intermediate_size) * size
@@ -70,10 +77,11 @@ def parts(config) -> dict:
     responses = tokens * config.max_response_tokens / longest
     return {
         "parameters": parameters,
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": (3 if size == 2 else 2) * weights,
-        "reference": weights if config.kl_coef else 0,
+        "weights": weights / ranks,
+        "gradients": weights / ranks,
+        "optimizer": (3 if size == 2 else 2) * weights / ranks,
+        "reference": weights / ranks if config.kl_coef and not config.ref_offload else 0,
+        "whole weights": weights if ranks > 1 else 0,
         "KV cache": cache,
         "activations": kept,
         "logits": int(3 * 4 * responses * shape.vocab_size),
@@ -82,17 +90,20 @@ def parts(config) -> dict:
 
 def peak(p: dict) -> float:
     fixed = p["weights"] + p["optimizer"] + p["reference"]
-    return fixed + max(p["KV cache"], p["gradients"] + p["activations"] + p["logits"])
+    rollout = p["whole weights"] + p["KV cache"]
+    return fixed + max(rollout, p["gradients"] + p["activations"] + p["logits"])
 
 
 def table(config) -> str:
     """The parts, their peak, the cards it fits, and what to change for a smaller one."""
     p = parts(config)
-    lines = [f"{config.model}: {p['parameters']:,} parameters in {config.dtype}"]
-    sizes = {name: value for name, value in p.items() if name != "parameters"}
-    lines += [f"  {name:<12}{value / GB:>9.2f} GB" for name, value in sizes.items()]
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    where = "" if ranks == "1" else f", on each of {ranks} GPUs"
+    lines = [f"{config.model}: {p['parameters']:,} parameters in {config.dtype}{where}"]
+    sizes = {name: value for name, value in p.items() if name != "parameters" and value}
+    lines += [f"  {name:<14}{value / GB:>9.2f} GB" for name, value in sizes.items()]
     need = peak(p) * 1.05  # the allocator's fragments
-    lines.append(f"  {'peak':<12}{need / GB:>9.2f} GB, with 5% for fragments")
+    lines.append(f"  {'peak':<14}{need / GB:>9.2f} GB, with 5% for fragments")
     for card in CARDS:
         lines.append(f"  {card:>4} GB card: {'fits' if need < card * GB else advice(p, card)}")
     return "\n".join(lines)
@@ -105,14 +116,14 @@ def advice(p: dict, card: float) -> str:
     for name, smaller in (
         ("--micro_tokens a quarter", quarter),
         ("--generation_rows a quarter", {"KV cache": p["KV cache"] / 4}),
-        ("--kl_coef 0 (no reference)", {"reference": 0}),
+        ("--ref_offload", {"reference": 0}),
     ):
         if peak(p | smaller) < peak(p):
             steps.append(name)
         p = p | smaller
         if peak(p) * 1.05 < card * GB:
             return "with " + ", ".join(steps)
-    return "too small for this model; take a smaller --model"
+    return "too small: more GPUs (torchrun), or a smaller --model"
 
 
 if __name__ == "__main__":
