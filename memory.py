@@ -20,12 +20,14 @@ Rollout and update take turns, so the peak is the larger of the cache and the up
 N GPUs hold an N-th of the first four each; a rollout needs the whole weights on each all the same.
 """
 
+import itertools
 import math
 import os
 
 import common
 
-CARDS = (24, 48, 80, 141)  # GB: RTX 4090, A6000, A100/H100, H200
+# name: MiB that nvidia-smi reports, for RTX 4090, A6000, H100 and H200; CUDA itself takes about 1,024
+CARDS = {"24 GB": 24_564, "48 GB": 49_140, "80 GB": 81_559, "141 GB": 143_771}
 GB = 1e9
 
 
@@ -104,25 +106,30 @@ def table(config) -> str:
     lines += [f"  {name:<14}{value / GB:>9.2f} GB" for name, value in sizes.items()]
     need = peak(p) * 1.05  # the allocator's fragments
     lines.append(f"  {'peak':<14}{need / GB:>9.2f} GB, with 5% for fragments")
-    for card in CARDS:
-        lines.append(f"  {card:>4} GB card: {'fits' if need < card * GB else advice(p, card)}")
+    for name, mib in CARDS.items():
+        room = (mib - 1024) * 2**20
+        lines.append(f"  {name:>6} card: {'fits' if need < room else advice(p, room)}")
     return "\n".join(lines)
 
 
-def advice(p: dict, card: float) -> str:
-    """What makes it fit, the cheapest change first."""
-    quarter = {"activations": p["activations"] / 4, "logits": p["logits"] / 4}
-    steps = []
-    for name, smaller in (
-        ("--micro_tokens a quarter", quarter),
-        ("--generation_rows a quarter", {"KV cache": p["KV cache"] / 4}),
-        ("--ref_offload", {"reference": 0}),
-    ):
-        if peak(p | smaller) < peak(p):
-            steps.append(name)
-        p = p | smaller
-        if peak(p) * 1.05 < card * GB:
-            return "with " + ", ".join(steps)
+def advice(p: dict, room: float) -> str:
+    """What makes it fit: the cheapest changes that are enough together."""
+
+    def fits(chosen):
+        changed = dict(p)
+        for name in chosen:
+            changed |= changes[name]
+        return peak(changed) * 1.05 < room
+
+    changes = {
+        "--micro_tokens a quarter": {n: p[n] / 4 for n in ("activations", "logits")},
+        "--generation_rows a quarter": {"KV cache": p["KV cache"] / 4},
+        "--ref_offload": {"reference": 0},
+    }
+    for count in range(1, len(changes) + 1):
+        for chosen in itertools.combinations(changes, count):
+            if fits(chosen):
+                return "with " + ", ".join(chosen)
     return "too small: more GPUs (torchrun), or a smaller --model"
 
 

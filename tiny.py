@@ -22,9 +22,7 @@ from pathlib import Path
 
 import envs
 
-GAMES = Path(
-    "runs/tiny-games"
-)  # laid out like $ALFWORLD_DATA: json_2.1.1/<split>/<task>/<trial>/game.tw-pddl
+GAMES = Path("runs/tiny-games")  # as $ALFWORLD_DATA: json_2.1.1/<split>/<task>/<trial>/game.tw-pddl
 POLICY = Path(__file__).resolve().parent / "tiny_policy"
 SPLITS = {"train": 900, "valid_seen": 240}  # games of each split, one task type after the other
 
@@ -466,16 +464,22 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts):
-    """A byte-level BPE over words, numbers and punctuation; any text round-trips exactly."""
+def train_tokenizer(texts, world="alfworld"):
+    """A byte-level BPE over words, numbers and punctuation; any text round-trips exactly.
+
+    A space goes with the word behind it, in the shop with the word before it: there an option has
+    to be the same token in the task (`color: red,`), on the page (`'red'`) and in `click[red]`.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    chunks = Regex(r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9]+?(?= ?[A-Za-z0-9]|$)")
+    chunks = r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9]+?(?= ?[A-Za-z0-9]|$)"
+    if world == "webshop":
+        chunks = r"[A-Za-z]+ ?|[0-9]+ ?|[^A-Za-z0-9]+?(?=[A-Za-z0-9]|$)"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(chunks, "isolated"),
+            pre_tokenizers.Split(Regex(chunks), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -514,7 +518,7 @@ def train_policy(
         pairs = tiny_shop.lessons(count, seed)
     else:
         pairs = lessons(count, seed, knows)
-    tokenizer = train_tokenizer([prompt + answer for prompt, answer in pairs[:20_000]])
+    tokenizer = train_tokenizer([p + answer for p, answer in pairs[:20_000]], world)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,

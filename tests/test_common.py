@@ -1,5 +1,6 @@
 """Numerics of the shared module. Each test names the bug it guards against."""
 
+import dataclasses
 import doctest
 import json
 import time
@@ -255,6 +256,22 @@ def test_update_moves_the_log_probs_in_the_direction_of_the_advantages(episodes,
     common.score_rows(model, rows, "old_logprobs", config, 0)
     change = [float((row.old_logprobs - row.ref_logprobs).sum()) for row in rows]
     assert np.mean(change[1::2]) > np.mean(change[0::2])
+
+
+def test_flags_that_save_time_or_memory_do_not_change_the_step(episodes, config):
+    """In float32 the sampler's log-probs are the trainer's; a reference on the CPU is the same."""
+    logs = []
+    for flags in ({"recompute_old": True}, {"recompute_old": False}, {"ref_offload": True}):
+        settings = dataclasses.replace(config, **flags)
+        model, tokenizer = common.load_policy("tiny", settings, "cpu")
+        reference = common.load_reference(dataclasses.replace(settings, model="tiny"), "cpu")
+        optimizer, rows = common.make_optimizer(model, settings), as_rows(episodes)
+        options = {"tokenizer": tokenizer, "seed": 0}
+        logs.append(common.update(model, reference, optimizer, rows, settings, **options))
+    for log in logs[1:]:
+        for name in ("loss", "policy", "kl", "entropy", "grad_norm"):
+            assert log[name] == pytest.approx(logs[0][name], abs=1e-5), name
+        assert log["logprob_gap"] < 1e-5
 
 
 def test_update_without_rows_does_nothing(policy, config):

@@ -209,3 +209,13 @@ def test_no_active_skill_means_plain_gigpo(games, tmp_path, monkeypatch, capsys)
     assert "no active skill: this phase trains plain GiGPO" in capsys.readouterr().out
     last = json.loads((Path("runs/t/metrics.jsonl")).read_text().splitlines()[-1])
     assert last["distill_rows"] == 0 and last["paired_groups"] == 0
+
+
+def test_out_of_memory_is_one_line_that_names_the_flags_to_lower(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore lines")
+
+    with pytest.raises(SystemExit) as stop:
+        common.run_script(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "lower --micro_tokens (update) or --generation_rows" in line
