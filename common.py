@@ -1,11 +1,12 @@
-"""What the three phases share: config, policy, generation, rollout, GiGPO advantages, losses,
-update, run folder. Skills are in `skills.py`, the worlds in `envs.py`.
+"""What the three phases share: config, policy, rollout, GiGPO advantages, losses, update, run
+folder. Skills are in `skills.py`, sampling is in `generation.py`, the worlds are in `envs.py`, and
+what several GPUs need is in `parallel.py`.
 
 Read it in this order: `rollout` (episodes), `gigpo_advantages` (credit), `clipped_policy_loss`,
 `k3_kl` and `internalization_loss` (the three terms of the objective), `update` (one optimizer
 pass). Nothing here knows which phase calls it. Shapes: B rows, L tokens of the padded row, V
-vocabulary. A row is one step of an episode: its prompt and its
-response, an independent training example (there is no multi-turn concatenation).
+vocabulary. A row is one step of an episode: its prompt and its response, an independent training
+example (there is no multi-turn concatenation).
 
 Every row is padded on the right and passed without an attention mask: causal attention never looks
 at the padding, so the logits of the real tokens are exact and the fast attention path is kept.
@@ -134,9 +135,9 @@ WEBSHOP = dict(  # the numbers of GiGPO's WebShop script where they differ (meth
 TINY = dict(
     dtype="float32", gradient_checkpointing=False, tasks=16, generation_rows=128,
     max_prompt_tokens=1024, max_response_tokens=64, lr=5e-4, kl_coef=0.003, minibatch_rows=256,
-    micro_tokens=2048, recompute_old=False, beta2=0.999, ema=0.2, n_req=380, warmup_iterations=8,
-    mine_iterations=6, mine_every=2, mine_episodes=6, mine_obs_chars=60,
-    distill_iterations=10, lambda_iterations=4,
+    micro_tokens=2048, recompute_old=False, beta2=0.999, ema=0.2, n_req=260, warmup_iterations=8,
+    mine_iterations=5, mine_every=2, mine_episodes=6, mine_obs_chars=60,
+    distill_iterations=20, lambda_iterations=4,
 )  # fmt: skip
 PRESETS = {
     "alfworld-7b": {"run": "alfworld-7b"},
@@ -299,7 +300,8 @@ def load_policy(path, config: Config, device, trainable=True):
         ) from None
     model.requires_grad_(trainable)
     if trainable and config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.23
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     parallel.shard(model)
     return model.eval(), tokenizer  # no dropout in training either: ratios start at exactly 1
 
@@ -398,6 +400,8 @@ def rollout(model, tokenizer, config, plan, *, temperature, seed, desc="rollout"
     own = [member for member in plan if member[1] in groups]
     with parallel.whole(model):
         episodes = play(model, tokenizer, config, own, temperature, seed, desc) if own else []
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # the KV cache makes room for the update
     episodes = parallel.gather(episodes)
     for episode, (_, _, skills) in zip(episodes, plan, strict=True):
         episode.skills = skills  # the bank's own objects again: what is gathered are copies
@@ -803,10 +807,10 @@ def update(model, reference, optimizer, rows, config, *, tokenizer, seed, lambda
     )
     model.train()  # gradient checkpointing works in train mode only; these models have no dropout
     for batch in batches:
-        optimizer.zero_grad(set_to_none=True)
         log = backward(model, batch, config, lambda_, pad_id)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # no memory for gradients during the next rollout
         logs.append(log | {"grad_norm": float(parallel.join(norm))})
         bar.update(len(batch))
         bar.set_postfix(loss=f"{log['loss']:.3f}")
@@ -814,7 +818,8 @@ def update(model, reference, optimizer, rows, config, *, tokenizer, seed, lambda
     bar.close()
     gap = logs[0]["log_ratio"]  # of the first step, before the policy has moved
     if config.recompute_old:
-        gaps = [(row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs() for row in trained]
+        own = [row for row in trained if row.rank == parallel.rank()]
+        gaps = [(row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs() for row in own]
         gap = torch.cat(gaps).mean().item() if gaps else 0.0
     return {name: float(np.mean([log[name] for log in logs])) for name in logs[0]} | {
         "rows": len(trained),

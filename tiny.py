@@ -24,7 +24,7 @@ import envs
 
 GAMES = Path("runs/tiny-games")  # as $ALFWORLD_DATA: json_2.1.1/<split>/<task>/<trial>/game.tw-pddl
 POLICY = Path(__file__).resolve().parent / "tiny_policy"
-SPLITS = {"train": 900, "valid_seen": 240}  # games of each split, one task type after the other
+SPLITS = {"train": 900, "valid_seen": 480}  # games of each split, one task type after the other
 
 # --------------------------------------------------------------------------------------------------
 # Games

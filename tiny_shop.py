@@ -1,6 +1,6 @@
 """The embedded default's second world: a small WebShop catalogue and lessons in shopping.
 
-    python tiny.py train --world webshop --count 24000 ...       # see tiny_policy_webshop/README.md
+    python tiny.py train --world webshop --count 32000 ...       # see tiny_policy_webshop/README.md
 
 The catalogue is in the original's format (`items_shuffle.json`, `items_ins_v2.json`), so everything
 from search to reward is the real engine. As in ALFWorld, the demonstrator that the tiny policy

@@ -23,9 +23,13 @@ def main(source, target):
     optimizer = common.make_optimizer(model, config)
     rows = torch.load(source, weights_only=False)
 
+    gradients = {}
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({n: p.grad for n, p in model.named_parameters()})
+    )
     options = {"tokenizer": tokenizer, "seed": 1, "lambda_": 0.1}
     metrics = common.update(model, reference, optimizer, rows, config, **options)
-    gradients = parallel.join({n: p.grad for n, p in model.named_parameters()})
+    gradients = parallel.join(gradients)
     weights = parallel.join(model.state_dict())
     # the rollout after the step must see the moved weights
     with parallel.whole(model):
