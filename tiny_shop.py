@@ -94,7 +94,7 @@ def make_catalogue(folder: Path, products: int, seed) -> Path:
 def write_catalogue(folder: Path = SHOP) -> Path:
     """The catalogue of the demo, written once."""
     done = (folder / "items_shuffle.json").exists()
-    return folder if done else make_catalogue(folder, products=160, seed=0)
+    return folder if done else make_catalogue(folder, products=240, seed=0)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -562,7 +562,7 @@ def test_second_moment_of_bfloat16_follows_a_gradient_that_shrinks():
     assert second_moment == pytest.approx(0.01, rel=0.1)
 
 
-def test_memory_table_of_the_7b_says_what_fits_and_what_to_change():
+def test_memory_table_of_the_7b_says_what_fits_and_what_to_change(monkeypatch):
     import memory
 
     config = common.Config(model="qwen2.5-7b-shape")
@@ -573,7 +573,8 @@ def test_memory_table_of_the_7b_says_what_fits_and_what_to_change():
     assert parts["KV cache"] == 128 * (3072 + 512) * 56 * 1024
     assert "141 GB card: fits" in memory.table(config)
     assert memory.parts(common.Config(model="qwen2.5-7b-shape", kl_coef=0))["reference"] == 0
-    rows = common.Config(model="qwen2.5-7b-shape", generation_rows=512)
-    assert "141 GB card: with --generation_rows a quarter" in memory.table(rows).replace(
-        "--micro_tokens a quarter, ", ""
-    )
+    many = common.Config(model="qwen2.5-7b-shape", generation_rows=512, tasks=64)
+    assert "141 GB card: with --generation_rows a quarter" in memory.table(many)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "80 GB card: fits" in memory.table(config)
+    assert memory.parts(config)["weights"] == parts["weights"] / 2
