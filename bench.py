@@ -13,7 +13,7 @@
 |           |                                               | longest, logits at every position    |
 | mfu       | update FLOP/s, 6 a parameter and token (and 2 | a large matrix product               |
 |           | more with --recompute_old)                    |                                      |
-| memory    | peak bytes, rollout and update (GPU only)     | the table of `memory.py`             |
+| memory_*  | peak bytes, rollout and update (GPU only)     | the table of `memory.py`             |
 | iteration | seconds of the second iteration of each phase |                                      |
 | env       | steps/s of the plain-Python ALFWorld          | stock alfworld                       |
 
@@ -83,7 +83,7 @@ def play(model, tokenizer, config, bench) -> tuple:
 
 
 def hf_generate(model, tokenizer, prompts, new_tokens, ends) -> int:
-    """The peer: a left-padded batch and `model.generate` -> tokens sampled, as `generate` counts."""
+    """The peer: a left-padded batch and `model.generate` -> the number of tokens sampled."""
     width, pad = max(map(len, prompts)), tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]).to(model.device)
@@ -159,120 +159,161 @@ def iteration_seconds(config, bench) -> dict:
     return {line["phase"]: line["seconds"] for line in lines}
 
 
-def main():
-    config, bench = common.parse_config("bench", __doc__.split("\n")[0], Bench)
-    config.data = config.data or str(tiny.write_games(tiny.GAMES))
-    device = common.set_up(config)
-    model, tokenizer = common.load_policy(config.model, config, device)
-    ends, lines = eos_ids(model, tokenizer), []
+class Report:
+    """Prints each figure as a line of JSON, and keeps the lines."""
 
-    def report(figure, value, unit, peer_name="", peer=None, **more):
-        line = {"figure": figure, "value": value, "unit": unit}
+    def __init__(self, first):
+        self.lines = []
+        self.write(first)
+
+    def write(self, line):
+        self.lines.append(
+            json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()})
+        )
+        print(self.lines[-1], flush=True)
+
+    def figure(self, name, value, unit, peer_name="", peer=None, **more):
+        line = {"figure": name, "value": value, "unit": unit}
         if peer:
             line |= {peer_name: peer, "ratio": value / peer}
-        line = {k: round(v, 4) if isinstance(v, float) else v for k, v in (line | more).items()}
-        lines.append(json.dumps(line))
-        print(lines[-1], flush=True)
+        self.write(line | more)
 
-    def reset_peak():
-        if device.type == "cuda":
+    def peak(self, name, expected):
+        """Peak of the GPU's memory since the last call."""
+        if torch.cuda.is_available():
+            self.figure(name, torch.cuda.max_memory_allocated(), "bytes", "expected", expected)
             torch.cuda.reset_peak_memory_stats()
 
-    def report_peak(figure, expected):
-        if device.type == "cuda":
-            used = torch.cuda.max_memory_allocated()
-            report(figure, used, "bytes", "expected", expected)
 
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    lines.append(json.dumps({
-        "hardware": name or platform.machine(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "date": str(date.today()), "model": config.model, "dtype": config.dtype,
-        "parameters": model.num_parameters(),
-    }))  # fmt: skip
-    print(lines[-1])
-    parts = memory.parts(config)
-    fixed = parts["weights"]
-
-    # rollout: the prompts of every turn, at temperature 1, until each row has ended
-    episodes, turns = play(model, tokenizer, config, bench)
-    rows, n = config.generation_rows, bench.new_tokens
-    counts = {}
-    width = max(len(p) for turn in turns for p in turn) + n
-    reset_peak()
+def bench_rollout(model, tokenizer, config, bench, turns, report):
+    """The prompts of every turn, at temperature 1, until each row has ended."""
+    n, rows, ends, counts = bench.new_tokens, config.generation_rows, eos_ids(model, tokenizer), {}
+    width = max(len(prompt) for prompts in turns for prompt in prompts) + n
 
     def ours():
-        cache = Cache(model, min(rows, len(turns[0])), width)
-        answers = [
-            generate(
-                model, tokenizer, turn, max_new_tokens=n, temperature=1.0, seed=t, rows=rows,
+        cache, count = Cache(model, min(rows, len(turns[0])), width), 0
+        for turn, prompts in enumerate(turns):
+            answers = generate(
+                model, tokenizer, prompts, max_new_tokens=n, temperature=1.0, seed=turn, rows=rows,
                 cache=cache,
-            )
-            for t, turn in enumerate(turns)
-        ]  # fmt: skip
-        counts["ours"] = sum(len(ids) for turn in answers for ids, _, _ in turn)
+            )  # fmt: skip
+            count += sum(len(ids) for ids, _, _ in answers)
+        counts["ours"] = count
 
     def theirs():
         counts["hf"] = sum(
-            hf_generate(model, tokenizer, turn[i : i + rows], n, ends)
-            for turn in turns for i in range(0, len(turn), rows)
-        )  # fmt: skip
+            hf_generate(model, tokenizer, prompts[i : i + rows], n, ends)
+            for prompts in turns
+            for i in range(0, len(prompts), rows)
+        )
 
-    times = seconds(ours, device), seconds(theirs, device)
-    prompts = sum(map(len, turns))
-    report("rollout", counts["ours"] / times[0], "tokens/s", "hf_generate", counts["hf"] / times[1],
-           prompts=prompts, prompt_tokens=sum(len(p) for turn in turns for p in turn) / prompts,
-           response_tokens=counts["ours"] / prompts)  # fmt: skip
+    times = seconds(ours, model.device), seconds(theirs, model.device)
+    total = sum(map(len, turns))
+    report.figure(
+        "rollout", counts["ours"] / times[0], "tokens/s", "hf_generate", counts["hf"] / times[1],
+        prompts=total, response_tokens=counts["ours"] / total,
+        prompt_tokens=sum(len(prompt) for prompts in turns for prompt in prompts) / total,
+    )  # fmt: skip
 
-    # decode: a step has to read the weights and the cache
-    batch = turns[-1][:rows]
+
+def bench_decode(model, tokenizer, bench, prompts, report):
+    """A decode step of the whole batch has to read the weights and the cache."""
+    n, device = bench.new_tokens, model.device
 
     def decode(length):
         options = {"max_new_tokens": length, "temperature": 1.0, "seed": 0, "stop": False}
-        return seconds(lambda: generate(model, tokenizer, batch, rows=rows, **options), device)
+        cache = Cache(model, len(prompts), max(map(len, prompts)) + n)  # with its graphs
+        run = lambda: generate(  # noqa: E731
+            model, tokenizer, prompts, rows=len(prompts), cache=cache, **options
+        )
+        return seconds(run, device)
 
     step = (decode(n) - decode(1)) / (n - 1)
     size = next(model.parameters()).element_size()
-    context = sum(map(len, batch)) + len(batch) * n / 2
+    context = sum(map(len, prompts)) + len(prompts) * n / 2
     read = size * model.num_parameters() + memory.cache_bytes(model.config, size, context)
     bound = read / copy_bandwidth(device)
-    report("decode", 1 / step, "steps/s", "bandwidth_bound", 1 / bound, rows=len(batch),
-           ms=1e3 * step)  # fmt: skip
-    report_peak("memory_rollout", fixed + parts["KV cache"])
+    report.figure(
+        "decode", 1 / step, "steps/s", "bandwidth_bound", 1 / bound, rows=len(prompts),
+        ms=1e3 * step,
+    )  # fmt: skip
 
-    # update: rows as that rollout leaves them
+
+def bench_update(model, tokenizer, config, bench, episodes, report):
+    """One optimizer step on the rows that the rollout has left."""
+    device, pad = model.device, tokenizer.pad_token_id or 0
     steps = [s for e in episodes for s in e.steps][: bench.update_rows]
     rows = [
         common.Row(s.prompt_ids, s.response_ids, 1.0 if i % 2 else -1.0, s.logprobs)
         for i, s in enumerate(steps)
     ]
     total, once = sum(map(len, rows)), replace(config, minibatch_rows=len(rows))
-    optimizer, pad = common.make_optimizer(model, config), tokenizer.pad_token_id or 0
-    batch = {"tokenizer": tokenizer, "seed": 0}
-    reset_peak()
-    ours = seconds(lambda: common.update(model, None, optimizer, rows, once, **batch), device)
-    report_peak("memory_update", memory.peak(parts | {"KV cache": 0, "reference": 0}))
-    theirs = seconds(
-        lambda: padded_step(model, optimizer, rows, pad, config.micro_tokens), device
+    optimizer = common.make_optimizer(model, config)
+    run = lambda: common.update(  # noqa: E731
+        model, None, optimizer, rows, once, tokenizer=tokenizer, seed=0
     )
-    report("update", total / ours, "tokens/s", "padded_full_logits", total / theirs, rows=len(rows),
-           row_tokens=total / len(rows))  # fmt: skip
+    ours = seconds(run, device)
+    parts = memory.parts(config) | {"KV cache": 0, "reference": 0}
+    report.peak("memory_update", memory.peak(parts))
+    run = lambda: padded_step(model, optimizer, rows, pad, config.micro_tokens)  # noqa: E731
+    theirs = seconds(run, device)
+    report.figure(
+        "update", total / ours, "tokens/s", "padded_full_logits", total / theirs, rows=len(rows),
+        row_tokens=total / len(rows),
+    )  # fmt: skip
     flops = (8 if config.recompute_old else 6) * model.num_parameters() * total / ours
     dtype = next(model.parameters()).dtype
-    report("mfu", flops, "FLOP/s", "matmul", matmul_flops(device, dtype))
+    report.figure("mfu", flops, "FLOP/s", "matmul", matmul_flops(device, dtype))
 
-    del model, optimizer, batch
+
+def bench_iterations(config, bench, report):
+    """The three scripts as a user runs them: seconds of the last iteration of each."""
+    root = Path(__file__).resolve().parent
+    flags = [f"--{f.name}={getattr(config, f.name)}" for f in fields(config)]
+    flags += [f"--data={Path(config.data).resolve()}", "--run=bench", "--n_req=1000000000"]
+    flags += [f"--{p}_iterations={bench.iterations}" for p in ("warmup", "mine", "distill")]
+    flags += ["--n_eval=1", "--active_above=-1", "--mine_every=1"]  # so that skills are in use
+    with tempfile.TemporaryDirectory() as folder:
+        for phase in ("warmup", "mine", "distill"):
+            command = [sys.executable, root / f"{phase}.py", *flags]
+            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        lines = envs.read_jsonl(Path(folder) / "runs" / "bench" / "metrics.jsonl")
+    for phase, line in {line["phase"]: line for line in lines}.items():
+        report.figure(
+            f"iteration_{phase}", line["seconds"], "s", rows=line["rows"] + line["distill_rows"]
+        )
+
+
+def main():
+    config, bench = common.parse_config("bench", __doc__.split("\n")[0], Bench)
+    config.data = config.data or str(tiny.write_games(tiny.GAMES))
+    device = common.set_up(config)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    model, tokenizer = common.load_policy(config.model, config, device)
+    report = Report({
+        "hardware": name or platform.machine(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "date": str(date.today()), "model": config.model, "dtype": config.dtype,
+        "parameters": model.num_parameters(),
+    })  # fmt: skip
+
+    episodes, turns = play(model, tokenizer, config, bench)
+    parts = memory.parts(config)
+    report.peak("memory_rollout", parts["weights"] + parts["KV cache"])
+    bench_rollout(model, tokenizer, config, bench, turns, report)
+    bench_decode(model, tokenizer, bench, turns[-1][: config.generation_rows], report)
+    bench_update(model, tokenizer, config, bench, episodes, report)
+    del model  # the scripts load their own
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if bench.iterations:
-        for phase, value in iteration_seconds(config, bench).items():
-            report(f"iteration_{phase}", value, "s")
+        bench_iterations(config, bench, report)
     item = envs.list_items("alfworld", "train", tiny.write_games(tiny.GAMES))[0]
     fast, stock = env_steps(item, "fast", 20_000), env_steps(item, "textworld", bench.env_steps)
-    report("env", fast, "steps/s", "stock", stock)
+    report.figure("env", fast, "steps/s", "stock", stock)
     if bench.out:
         with open(bench.out, "a") as file:
-            file.write("\n".join(lines) + "\n")
+            file.write("\n".join(report.lines) + "\n")
 
 
 if __name__ == "__main__":

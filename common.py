@@ -38,7 +38,7 @@ from transformers import logging as transformers_logging
 import envs
 import parallel
 from envs import UserError, read_jsonl, write_atomically
-from generation import Cache, encode_prompts, generate
+from generation import FAMILIES, Cache, encode_prompts, generate
 from skills import Skill, SkillBank, evaluate_skills, group_deltas  # noqa: F401
 from skills import parse_skill, skill_line, skill_table  # noqa: F401
 
@@ -300,6 +300,8 @@ def load_policy(path, config: Config, device, trainable=True):
         raise UserError(
             f"--model {path}: cannot be loaded ({reason}); give a local folder or a hub name"
         ) from None
+    if (family := model.config.model_type) not in FAMILIES:
+        raise UserError(f"--model {path} is a {family}; generation.py reads {', '.join(FAMILIES)}")
     model.requires_grad_(trainable)
     if trainable and config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.23

@@ -19,6 +19,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+FAMILIES = ("qwen2", "qwen3", "llama")  # what `forward` is the forward of
 CHUNK = 4096  # tokens of a prefill chunk: fits the caches of a CPU, fills a GPU
 BUCKET = 64  # the cache is read up to a multiple of this length, so that few shapes occur
 

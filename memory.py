@@ -26,7 +26,7 @@ import os
 
 import common
 
-# name: MiB that nvidia-smi reports, for RTX 4090, A6000, H100 and H200; CUDA itself takes about 1,024
+# MiB that nvidia-smi reports for an RTX 4090, A6000, H100 and H200; CUDA itself takes about 1,024
 CARDS = {"24 GB": 24_564, "48 GB": 49_140, "80 GB": 81_559, "141 GB": 143_771}
 GB = 1e9
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+import common
 import envs
 import generation
 from generation import Cache, encode_prompts, generate
@@ -114,3 +115,11 @@ def test_bfloat16_prompts_of_one_token_and_no_prompts_at_all(policy):
     options = {"max_new_tokens": 3, "temperature": 1.0, "seed": 0}
     assert len(generate(half, tokenizer, [[5], [5, 6]], **options)) == 2
     assert generate(model, tokenizer, [], **options) == []
+
+
+def test_a_model_of_another_family_is_a_clear_error(policy, config, tmp_path):
+    settings = {"vocab_size": 900, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).save_pretrained(tmp_path)
+    policy[1].save_pretrained(tmp_path)
+    with pytest.raises(common.UserError, match="is a gpt2; generation.py reads qwen2, qwen3, llama"):
+        common.load_policy(tmp_path, config, "cpu")
