@@ -134,10 +134,10 @@ WEBSHOP = dict(  # the numbers of GiGPO's WebShop script where they differ (meth
 )
 TINY = dict(
     dtype="float32", gradient_checkpointing=False, tasks=16, generation_rows=128,
-    max_prompt_tokens=1024, max_response_tokens=64, lr=5e-4, kl_coef=0.003, minibatch_rows=256,
-    micro_tokens=2048, recompute_old=False, beta2=0.999, ema=0.2, n_req=260, warmup_iterations=8,
-    mine_iterations=5, mine_every=2, mine_episodes=6, mine_obs_chars=60,
-    distill_iterations=20, lambda_iterations=4,
+    max_prompt_tokens=1024, max_response_tokens=64, lr=3e-4, kl_coef=0.003, minibatch_rows=256,
+    micro_tokens=2048, recompute_old=False, beta2=0.999, ema=0.2, n_req=220, warmup_iterations=8,
+    mine_iterations=4, mine_every=2, mine_episodes=6, mine_obs_chars=60,
+    distill_iterations=26, lambda_iterations=4,
 )  # fmt: skip
 PRESETS = {
     "alfworld-7b": {"run": "alfworld-7b"},
@@ -771,10 +771,9 @@ def backward(model, rows, config, lambda_, pad_id) -> dict:
             clipped = share * masked_mean((log_ratio.exp() - 1).abs() > config.clip, mask)
             log_ratio = share * masked_mean(log_ratio.abs(), mask)
         names = ("loss", "policy", "kl", "entropy", "internalize", "clipped", "log_ratio")
-        for name, value in zip(
-            names, (loss, policy, kl, entropy, internalize, clipped, log_ratio)
-        ):
-            totals[name] += value.item()
+        values = torch.stack([loss, policy, kl, entropy, internalize, clipped, log_ratio]).tolist()
+        for name, value in zip(names, values):
+            totals[name] += value
     return parallel.total(totals)
 
 
