@@ -19,9 +19,9 @@ import matplotlib.pyplot as plt
 from common import UserError, read_jsonl, run_script
 
 PHASES = {
-    "warmup": "phase 0: warm-up",
-    "mine": "phase 1: mining",
-    "distill": "phase 2: internalization",
+    "warmup": "phase 0\nwarm-up",
+    "mine": "phase 1\nmining",
+    "distill": "phase 2\ninternalization",
 }
 PLAIN, SKILL, GREEN, GRAY = "#1f5fa8", "#d9822b", "#3a8f5c", "#8a8f98"
 
@@ -112,7 +112,8 @@ def draw(root: Path, out: Path):
     bottom.plot(
         x, [float("nan") if v is None else v for v in column("lambda")], color=PLAIN, label="λ(k)"
     )
-    bottom.set(ylabel="λ", xlabel="iteration")
+    top_of = lambda name: 1.5 * max([v for v in column(name) if v] or [1])  # noqa: E731
+    bottom.set(ylabel="λ", xlabel="iteration", ylim=(0, top_of("lambda")))  # room for the legend
     share = bottom.twinx()
     share.plot(
         x,
@@ -120,7 +121,7 @@ def draw(root: Path, out: Path):
         color=SKILL,
         label="gated share of skill-arm tokens",
     )
-    share.set(ylabel="gated share", ylim=(0, None))
+    share.set(ylabel="gated share", ylim=(0, top_of("gated_share")))
     handles = bottom.get_lines() + share.get_lines()
     bottom.legend(
         handles, [h.get_label() for h in handles], loc="upper left", frameon=False, fontsize=9
