@@ -66,6 +66,15 @@ def seconds(run, device, repeat=3) -> float:
     return min(times[1:])
 
 
+def hardware(device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    cpus = Path("/proc/cpuinfo")  # Linux only
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def play(model, tokenizer, config, bench) -> tuple:
     """A rollout of some turns -> (its episodes, the prompts of each turn as token ids)."""
     items = common.list_items(config, config.split)
@@ -288,10 +297,9 @@ def main():
     config, bench = common.parse_config("bench", __doc__.split("\n")[0], Bench)
     config.data = config.data or str(tiny.write_games(tiny.GAMES))
     device = common.set_up(config)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     model, tokenizer = common.load_policy(config.model, config, device)
     report = Report({
-        "hardware": name or platform.machine(), "threads": torch.get_num_threads(),
+        "hardware": hardware(device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "transformers": transformers.__version__,
         "date": str(date.today()), "model": config.model, "dtype": config.dtype,
         "parameters": model.num_parameters(),
