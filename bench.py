@@ -160,7 +160,7 @@ def iteration_seconds(config, bench) -> dict:
     flags += ["--run=bench", "--n_req=1000000000", f"--warmup_iterations={bench.iterations}"]
     flags += [f"--mine_iterations={bench.iterations}", f"--distill_iterations={bench.iterations}"]
     flags += ["--n_eval=1", "--active_above=-1", "--mine_every=1"]  # so that skills are in use
-    if config.model in common.SHAPES:  # random weights never succeed: no advantage, all the same work
+    if config.model in common.SHAPES:  # random weights never succeed, no row has an advantage
         flags.append("--skip_zero_rows=False")
     with tempfile.TemporaryDirectory() as folder:
         for phase in ("warmup", "mine", "distill"):
@@ -284,7 +284,7 @@ def bench_iterations(config, bench, report):
     flags += [f"--data={Path(config.data).resolve()}", "--run=bench", "--n_req=1000000000"]
     flags += [f"--{p}_iterations={bench.iterations}" for p in ("warmup", "mine", "distill")]
     flags += ["--n_eval=1", "--active_above=-1", "--mine_every=1"]  # so that skills are in use
-    if config.model in common.SHAPES:  # random weights never succeed: no advantage, all the same work
+    if config.model in common.SHAPES:  # random weights never succeed, no row has an advantage
         flags.append("--skip_zero_rows=False")
     with tempfile.TemporaryDirectory() as folder:
         for phase in ("warmup", "mine", "distill"):
