@@ -40,7 +40,7 @@ import envs
 import memory
 import tiny
 from common import flag
-from generation import Cache, eos_ids, generate
+from generation import Cache, eos_ids, generate, response_lengths
 
 
 @dataclass
@@ -101,8 +101,7 @@ def hf_generate(model, tokenizer, prompts, new_tokens, ends) -> int:
             input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=True,
             pad_token_id=pad, eos_token_id=ends, top_k=0,
         )[:, width:]  # fmt: skip
-    is_end = torch.isin(out, torch.tensor(ends, device=out.device))
-    return int(torch.where(is_end.any(1), is_end.int().argmax(1) + 1, out.shape[1]).sum())
+    return int(response_lengths(out, torch.tensor(ends, device=out.device)).sum())
 
 
 def padded_step(model, optimizer, rows, pad, tokens_at_once):
@@ -150,24 +149,6 @@ def env_steps(item, engine, count) -> float:
         if i % 50 == 0:
             obs = game.reset()
     return count / (time.perf_counter() - start)
-
-
-def iteration_seconds(config, bench) -> dict:
-    """Phase -> seconds of its last iteration, from the metrics of the scripts run one by one."""
-    root = Path(__file__).resolve().parent
-    flags = [f"--{f.name}={getattr(config, f.name)}" for f in fields(config)]
-    flags += [f"--data={Path(config.data).resolve()}"]
-    flags += ["--run=bench", "--n_req=1000000000", f"--warmup_iterations={bench.iterations}"]
-    flags += [f"--mine_iterations={bench.iterations}", f"--distill_iterations={bench.iterations}"]
-    flags += ["--n_eval=1", "--active_above=-1", "--mine_every=1"]  # so that skills are in use
-    if config.model in common.SHAPES:  # random weights never succeed, no row has an advantage
-        flags.append("--skip_zero_rows=False")
-    with tempfile.TemporaryDirectory() as folder:
-        for phase in ("warmup", "mine", "distill"):
-            command = [sys.executable, root / f"{phase}.py", *flags]
-            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        lines = envs.read_jsonl(Path(folder) / "runs" / "bench" / "metrics.jsonl")
-    return {line["phase"]: line["seconds"] for line in lines}
 
 
 class Report:

@@ -202,7 +202,7 @@ def set_up(config: Config):
         if os.environ.get("RANK", "0") == "0":
             print(memory.table(config))
         sys.exit()
-    dtype_of(config)
+    dtype_of(config)  # a wrong one ends here, before anything is made
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no CUDA device; use --device cpu")

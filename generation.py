@@ -219,6 +219,12 @@ def sample_batch(model, prompts, uniform, ends, cache, *, temperature, stop):
     return tokens, logprobs
 
 
+def response_lengths(tokens, ends):
+    """Tokens [B, T] -> how many come up to the first end, that one included, or T; [B]."""
+    is_end = torch.isin(tokens, ends)
+    return torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
+
+
 @torch.no_grad()
 def generate(
     model, tokenizer, prompts, *, max_new_tokens, temperature, seed, rows=128, stop=True, cache=None
@@ -257,8 +263,7 @@ def generate(
             model, [prompts[i] for i in batch], uniform[batch], ends, cache,
             temperature=temperature, stop=stop,
         )  # fmt: skip
-        is_end = torch.isin(tokens, ends)
-        lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, max_new_tokens).tolist()
+        lengths = response_lengths(tokens, ends).tolist()
         for i, n, row, values in zip(batch, lengths, tokens.tolist(), logprobs.tolist()):
             text = tokenizer.decode(row[:n], skip_special_tokens=True)
             results[i] = (row[:n], values[:n], text)

@@ -86,7 +86,6 @@ def shard(model):
         for layer in model.model.layers:
             fully_shard(layer, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
-    return model
 
 
 @contextmanager

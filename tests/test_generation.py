@@ -121,5 +121,6 @@ def test_a_model_of_another_family_is_a_clear_error(policy, config, tmp_path):
     settings = {"vocab_size": 900, "n_embd": 16, "n_layer": 1, "n_head": 2}
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).save_pretrained(tmp_path)
     policy[1].save_pretrained(tmp_path)
-    with pytest.raises(common.UserError, match="is a gpt2; generation.py reads qwen2, qwen3, llama"):
+    message = "is a gpt2; generation.py reads qwen2, qwen3, llama"
+    with pytest.raises(common.UserError, match=message):
         common.load_policy(tmp_path, config, "cpu")
