@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	$(PY) distill.py --run $(RUN) $(FLAGS)
 	for checkpoint in init warmup mine distill; do $(PY) evaluate.py --run $(RUN) $(FLAGS) --checkpoint $$checkpoint || exit; done
 	$(PY) evaluate.py --run $(RUN) $(FLAGS) --checkpoint mine --skills
-	$(PY) plot.py --run $(RUN)
+	$(PY) -m tools.plot --run $(RUN)
 
 demo-webshop:
 	$(MAKE) demo RUN=tiny-webshop FLAGS="--env webshop"

@@ -5,7 +5,7 @@ import random
 import time
 from pathlib import Path
 
-import compare_alfworld
+from tools import compare_alfworld
 import pytest
 from conftest import SHARED
 

@@ -14,7 +14,7 @@ import common
 import distill
 import evaluate
 import mine
-import plot
+from tools import plot
 import tiny_shop
 import warmup
 from common import Row, UserError

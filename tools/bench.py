@@ -1,8 +1,8 @@
 """Speed and memory, a JSON line per figure, beside a peer or a limit measured in the same run.
 
-    python bench.py                                                     # the tiny policy, 2 cores
-    python bench.py --preset alfworld-7b --model qwen2.5-7b-shape       # the 7B's shape on a GPU
-    python bench.py --out results/bench.jsonl
+    python -m tools.bench                                                     # the tiny policy, 2 cores
+    python -m tools.bench --preset alfworld-7b --model qwen2.5-7b-shape       # the 7B's shape on a GPU
+    python -m tools.bench --out results/bench.jsonl
 
 | figure    | measures                                      | beside                               |
 |-----------|-----------------------------------------------|--------------------------------------|
@@ -260,7 +260,7 @@ def bench_update(model, tokenizer, config, bench, episodes, report):
 
 def bench_iterations(config, bench, report):
     """The three scripts as a user runs them: seconds of the last iteration of each."""
-    root = Path(__file__).resolve().parent
+    root = Path(__file__).resolve().parent.parent
     flags = [f"--{f.name}={getattr(config, f.name)}" for f in fields(config)]
     flags += [f"--data={Path(config.data).resolve()}", "--run=bench", "--n_req=1000000000"]
     flags += [f"--{p}_iterations={bench.iterations}" for p in ("warmup", "mine", "distill")]

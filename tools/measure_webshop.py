@@ -1,6 +1,6 @@
 """Time and memory of the WebShop engine on a catalogue of any size.
 
-    python tests/measure_webshop.py --products 1180000     # the size of the full catalogue
+    python -m tools.measure_webshop --products 1180000     # the size of the full catalogue
 
 Writes random products with texts and options of about the real lengths into a temporary folder,
 builds the cache, opens it again and searches.
@@ -10,12 +10,10 @@ import argparse
 import json
 import random
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import webshop
 

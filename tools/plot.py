@@ -1,6 +1,6 @@
 """Draw the three phases of a run into one PNG, from its metrics.jsonl and eval-*.json alone.
 
-    python plot.py --run tiny                # writes runs/tiny/plot.png
+    python -m tools.plot --run tiny                # writes runs/tiny/plot.png
 
 Four panels over the iterations: success of the plain and of the skill arm, Delta_g, skills by
 status, and lambda with the share of gated tokens. Evaluations (plain prompt, Wilson 95% intervals)

@@ -1,6 +1,6 @@
 """Certify the fast ALFWorld engine against the stock alfworld package, step by step.
 
-    python tests/compare_alfworld.py --data $ALFWORLD_DATA --split train,valid_seen --games 40
+    python -m tools.compare_alfworld --data $ALFWORLD_DATA --split train,valid_seen --games 40
 
 Every game is played with its walkthrough mixed with random admissible, inadmissible and malformed
 actions; on each step the observation, the admissible actions, the reward and the end must be equal.
@@ -16,7 +16,6 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 
 MALFORMED = [
