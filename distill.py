@@ -1,97 +1,97 @@
 """Phase 2 of SIRI: what the skills do better goes into the weights; then the skills are dropped.
 
     python distill.py                         # after mine.py
-    python distill.py --run slow --lambda_max 0      # the control: plain GiGPO, as many iterations
+    python distill.py --run slow --lambda_max 0      # without internalization
 
 Reads   runs/<run>/mine/
 Writes  runs/<run>/distill/: model/, the result, which needs no skill; skills.jsonl, a report
 Next    python evaluate.py --run <run>
 
-    for k = 1, 2, ...:                                                  SIRI, method section 6
+    for k = 1, 2, ...:                                                docs/method.md, section 4
         roll out each task in two halves, with the active skills and plain; Delta_g, utilities
         A = A_E + w A_S, both halves one group
         a step of the skill half where Delta_g > 0 gives one more row: the PLAIN prompt x_t with
             the response y_t that was given under the skill
-        L_int = - sum gate w log pi(y | x_t, y_<) / sum gate
-            gate: action tokens of those rows;  w = clip(A / sigma_A, 0, c)
-        lambda(k) = lambda_max min(1, k / K_warm)
-        minimize L_GiGPO + beta L_KL + lambda(k) L_int
+        L_int = - sum gate w log pi(y | x_t, y_<) / sum gate                     method Eq. 12
+            gate: action tokens of those rows;  w = clip(A / sigma_A, 0, c)      method Eq. 10, 11
+        lambda(k) = lambda_max min(1, k / K_warm)                                method Eq. 13
+        minimize L_GiGPO + beta L_KL + lambda(k) L_int                           method Eq. 14
 """
 
 import common
 from common import Row, Run, SkillBank, episode_advantages, rl_rows, rollout, rollout_metrics
 
 
-def distillation_rows(episodes, advantages, deltas, tokenizer, config) -> list:
-    """Steps of the skill half as rows for the plain prompt (6.1, 6.4), if gate and weight allow.
+def internalization_rows(episodes, advantages, deltas, tokenizer, config) -> list:
+    """Steps of the skill half as rows for the plain prompt, where gate and weight allow.
 
     sigma_A brings advantages that keep the reward's scale (--normalize_std false) to the scale of
     the clip.
     """
-    sigma = 1.0 if config.normalize_std else config.success_reward
+    sigma_A = 1.0 if config.normalize_std else config.success_reward
     rows = []
-    for episode, row in zip(episodes, advantages):
-        utility = deltas.get(episode.group, 0.0)
-        if not episode.skills or utility <= 0:
-            continue  # gates (a) a skill was used, (b) Delta_g > 0
-        for step, advantage in zip(episode.steps, row):
+    for episode, step_advantages in zip(episodes, advantages):
+        delta = deltas.get(episode.group, 0.0)
+        if not episode.skills or delta <= 0:  # gate (a): a skill was used, (b): Delta_g > 0
+            continue
+        for step, advantage in zip(episode.steps, step_advantages):
             if advantage > 0:  # else w = 0
-                mask = common.action_mask(tokenizer, step.response_ids)  # gate (c)
-                ids, weight = (step.plain_ids, step.response_ids), float(advantage / sigma)
-                rows.append(Row(*ids, weight, step.logprobs, True, utility, mask))
+                row = Row(
+                    prompt_ids=step.plain_ids,  # x_t, the plain prompt of the step
+                    response_ids=step.response_ids,  # y_t, sampled under xs_t, with the skill
+                    advantage=float(advantage / sigma_A),  # clipped to [0, c], it is w
+                    rollout_logprobs=step.logprobs,
+                    internalize=True,
+                    delta=delta,  # Delta_g
+                    action_mask=common.find_action_tokens(tokenizer, step.response_ids),  # gate (c)
+                )
+                rows.append(row)
     return rows
 
 
 def main():
-    config = common.parse_config("distill", __doc__.split("\n")[0])
-    device = common.set_up(config)
-    items = common.list_items(config, config.split)
+    config = common.parse_config("distill", __doc__)
     run = Run(config, "distill")
-    source, state = run.resume_or_start(after="mine")
-
-    model, tokenizer = common.load_policy(source / "model", config, device)
-    reference = common.load_reference(config, device)
-    optimizer = common.make_optimizer(model, config, state["optimizer"])
-    bank = SkillBank.load(source, config)
-    print(f"distill: skills {common.skill_line(bank.count())}, lambda_max {config.lambda_max}")
+    policy, _ = run.start(after="mine")
+    bank = SkillBank.load(run.source, config)
+    print(f"distill: skills {bank.summary()}, lambda_max {config.lambda_max}")
     if not bank.count()["active"]:
         print("no active skill: this phase trains plain GiGPO")
 
-    for k in range(state["iteration"] + 1, config.distill_iterations + 1):
-        seed = common.sampling_seed(config, "distill", k)
-        # 1. paired rollouts, active skills only; Delta_g
-        drawn = common.draw_items(items, config, "distill", k)
-        plan = common.plan_rollouts(drawn, config, bank, statuses=("active",))
-        episodes = rollout(
-            model, tokenizer, config, plan, temperature=config.temperature, seed=seed
+    for k in run.iterations(config.distill_iterations):
+        # 1. paired rollouts: half of each group with the active skills, half plain; Delta_g
+        groups = common.plan_groups(
+            run.draw_tasks(k),
+            config,
+            members=config.group_size,
+            skilled=config.group_size // 2,
+            bank=bank,
+            statuses=("active",),
         )
+        episodes = rollout(policy, config, groups, run.seed(k))
         deltas = common.group_deltas(episodes)
-        common.evaluate_skills(bank, episodes, deltas)
+        bank.evaluate(episodes, deltas)
 
         # 2. advantages; RL rows under their own prompt, internalization rows under the plain one
         advantages = episode_advantages(episodes, config)
-        rows, extra = rl_rows(episodes, advantages, config), []
+        rows = rl_rows(episodes, advantages, config)
+        internal = []
         if config.lambda_max:
-            extra = distillation_rows(episodes, advantages, deltas, tokenizer, config)
+            internal = internalization_rows(episodes, advantages, deltas, policy.tokenizer, config)
 
         # 3. loss and step: L_GiGPO + beta L_KL + lambda(k) L_int
         lambda_k = config.lambda_max * min(1.0, k / config.lambda_iterations)
-        losses = common.update(
-            model, reference, optimizer, rows + extra, config, tokenizer=tokenizer, seed=seed,
-            lambda_=lambda_k,
-        )  # fmt: skip
+        losses = common.update(policy, rows + internal, config, run.seed(k), lambda_=lambda_k)
 
         # 4. log and save
-        counts, gated = bank.count(), sum(sum(row.action_mask) for row in extra)
-        skilled = sum(len(s.response_ids) for e in episodes if e.skills for s in e.steps)
-        metrics = rollout_metrics(episodes, deltas) | losses | counts
+        gated = sum(sum(row.action_mask) for row in internal)
+        skill_tokens = sum(len(s.response_ids) for e in episodes if e.skills for s in e.steps)
+        metrics = rollout_metrics(episodes, deltas) | losses | bank.count()
         metrics |= {"lambda": lambda_k, "gated_tokens": gated}
-        metrics["gated_share"] = gated / max(1, skilled)
+        metrics["gated_share"] = gated / max(1, skill_tokens)
         line = f"{common.arms(metrics)}  lambda {lambda_k:.3f}  gated {gated} tokens  "
-        run.log(k, metrics, episodes, line + f"skills {common.skill_line(counts)}")
-        finished = k == config.distill_iterations
-        if finished or k % config.save_every == 0:
-            run.save(model, tokenizer, optimizer, bank, iteration=k, finished=finished)
+        run.log(k, metrics, episodes, line + f"skills {bank.summary()}")
+        run.save_when_due(policy, k, k == config.distill_iterations, bank)
 
     print(f"distill done: {run.folder}/model needs no skill.")
     print(f"Next: python evaluate.py --run {config.run}")

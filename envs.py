@@ -1,538 +1,51 @@
-"""The text worlds: ALFWorld as a plain-Python engine, prompts, and action parsing. No torch here.
+"""What the agent meets: worlds and their items, the prompts x_t and xs_t, the action in a response.
 
     env = make_env("alfworld", ".../valid_seen/<task>/<trial>/game.tw-pddl")
     obs = env.reset()                                   # Observation(text, task, task_type, ...)
     obs, reward, done, info = env.step("go to desk 1")  # 1.0 and done at the goal
 
-An ALFWorld game is a small deterministic state machine written in PDDL. The stock package plays it
-through a planner library and a grammar interpreter, at 40-50 ms a step; this file plays the same
-machine with a few Python sets, in microseconds, so a batch of 128 games lives in one process. It
-reads the original `game.tw-pddl` files and equals stock on every observation, admissible action,
-reward and end: `python -m tools.compare_alfworld` certifies that on your data.
-`engine="textworld"` plays the stock package instead.
-
-Differences from stock, on purpose: the `-= Welcome to TextWorld =-` header is cut and `help` is not
-listed (it still works), as the agent code behind the published numbers does. Nothing in a
-downloaded file is ever evaluated.
+Each world is a file of `worlds/` with the same few names, and a line of the table below; nothing
+else in the project knows how many there are. No torch here.
 """
 
-import hashlib
-import json
+import importlib
 import os
 import re
-from collections import Counter, defaultdict
-from copy import copy
-from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
-TASK_TYPES = {  # folder prefix -> the short name used in tables and as the bucket of a skill
-    "pick_and_place_simple": "pick",
-    "look_at_obj_in_light": "look",
-    "pick_clean_then_place_in_recep": "clean",
-    "pick_heat_then_place_in_recep": "heat",
-    "pick_cool_then_place_in_recep": "cool",
-    "pick_two_obj_and_place": "pick2",
+from config import UserError
+from worlds import Observation
+
+WORLDS = {  # --env: the file that plays it
+    "alfworld": "worlds.alfworld",
+    "webshop": "worlds.webshop",
 }
 
 
-class UserError(ValueError):
-    """A mistake the user can mend: scripts print its one line, with the remedy, and exit with 2."""
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What the agent sees. `text` is GiGPO's anchor state; `admissible` is sorted, no `help`."""
-
-    text: str
-    task: str
-    task_type: str
-    admissible: tuple = ()
-    world: str = "alfworld"
-
-
-# --------------------------------------------------------------------------------------------------
-# ALFWorld: reading a game file
-# --------------------------------------------------------------------------------------------------
-
-# The engine below is the meaning of one PDDL domain and one text grammar. A file with any other is
-# refused, because we would play it wrongly. These are digests without comments, blanks and the task
-# line: the games of json_2.1.1, and the texts in the alfworld 0.4 package, which `tiny.py` uses.
-KNOWN_DOMAINS = {  # digest -> the receptacle types that clean, the only difference between the two
-    "19173ff725ce": {"sinktype", "sinkbasintype"},
-    "6cbbf3d0d19b": {"sinkbasintype"},
-}
-KNOWN_GRAMMARS = {"a1b429d0132e", "d1588fc1bc28"}
-KNOWN_GOALS = {  # digest of the goal's shape -> the kind of goal
-    "0ddbc16e60b2": "pick",
-    "406f49a22ea0": "look",
-    "df2001ea2dfd": "clean",
-    "94080f83b36a": "heat",
-    "d5037b14422d": "cool",
-    "2d91e4db65b9": "pick2",
-}
-
-
-def digest(text: str) -> str:
-    """Twelve hex digits of a text, blind to PDDL comments, white space and the task line."""
-    text = re.sub(r"(?m);.*$", "", text) if text.lstrip().startswith((";", "(")) else text
-    text = re.sub(r"Your task is to: [^\"]*", "", text)
-    return hashlib.sha256("".join(text.split()).encode()).hexdigest()[:12]
-
-
-@dataclass
-class Game:
-    """The unchanging part of a game, shared by the members of a group. Ids are in lower case."""
-
-    path: str
-    task: str
-    task_type: str
-    goal: tuple  # (short task type, object type, receptacle or lamp type)
-    name: dict  # id -> the name in the text, "mug 2"
-    otype: dict  # object id -> set of object types
-    rtype: dict  # receptacle id -> set of receptacle types
-    can_contain: set  # (receptacle type, object type)
-    appliances: list  # (verb, trait an object needs, receptacle types that do it)
-    traits: dict  # predicate ("pickupable", "openable", ...) -> set of ids
-    at: dict  # location -> sorted receptacles there
-    start: str  # the agent's first location
-    inside: dict  # receptacle -> objects in it at the start
-    lying: dict  # location -> objects recorded there at the start
-    held_inside: dict  # receptacle object (a bowl) -> objects inside it
-    help_text: str
-    walkthrough: list
-    goto: dict = field(
-        default_factory=dict
-    )  # location -> {command: action} for every receptacle elsewhere
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path}: not readable as JSON ({error}); delete it or download the data again"
-        ) from None
-
-
-def read_jsonl(path) -> list:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def write_atomically(path, text):
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
-@lru_cache(maxsize=1024)
-def load_game(path: str) -> Game:
-    """Read one `game.tw-pddl`. UserError for a corrupt, unsolvable or unknown kind of game."""
-    return parse_game(read_json(path), path)
-
-
-def parse_game(data: dict, path: str) -> Game:
-    """The content of a `game.tw-pddl` -> Game. The folder in `path` gives the task type."""
-    try:
-        domain, grammar, problem = data["pddl_domain"], data["grammar"], data["pddl_problem"]
-        task = re.search(r"Your task is to: ([^\"]*?)\.?\"", grammar).group(1)
-        init, goal_text = re.split(r"\(:goal", problem.split("(:init")[1])
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError):
-        raise UserError(
-            f"{path}: corrupt game file; delete it or download the data again"
-        ) from None
-    if not data.get("solvable", True):
-        raise UserError(f"{path}: marked unsolvable; remove it from the split")
-    task_type = task_type_of(path)
-    if task_type == "unknown":
-        raise UserError(
-            f"{path}: its folder must be <task type>-.../<trial>/ with one of {list(TASK_TYPES)}"
-        )
-    kind = KNOWN_GOALS.get(digest(re.sub(r"\b\w+Type\)", "T)", "(" + goal_text)))
-    if digest(domain) not in KNOWN_DOMAINS or digest(grammar) not in KNOWN_GRAMMARS or kind is None:
-        raise UserError(
-            f"{path}: a domain, grammar or goal unknown to the fast engine; use --engine textworld"
-        )
-
-    facts = defaultdict(set)
-    for predicate, args in re.findall(r"\((\w+) ([^()]+)\)", init):
-        facts[predicate].add(tuple(args.lower().split()))
-    start = {loc for _, loc in facts["atLocation"]}
-    if len(start) != 1:
-        raise UserError(
-            f"{path}: corrupt game file, the agent is nowhere; delete it or download it again"
-        )
-
-    def multimap(pairs):  # {(a, b), ...} -> {a: {b, ...}}
-        result = defaultdict(set)
-        for a, b in pairs:
-            result[a].add(b)
-        return result
-
-    target = [t.lower() for t in re.findall(r"objectType \?\w+ (\w+)", goal_text)]
-    place = [t.lower() for t in re.findall(r"receptacleType \?\w+ (\w+)", goal_text)]
-    located = sorted(facts["receptacleAtLocation"])
-    game = Game(
-        path=str(path),
-        task=task,
-        task_type=task_type,
-        goal=(kind, target[-1], target[0] if kind == "look" else place[0]),
-        name=readable_names({arg for args in facts.values() for fact in args for arg in fact}),
-        otype=multimap(facts["objectType"]),
-        rtype=multimap(facts["receptacleType"]),
-        can_contain=facts["canContain"],
-        appliances=[
-            ("clean", "cleanable", KNOWN_DOMAINS[digest(domain)]),
-            ("heat", "heatable", {"microwavetype"}),
-            ("cool", "coolable", {"fridgetype"}),
-        ],
-        traits={
-            trait: {fact[0] for fact in facts[trait]}
-            for trait in (
-                "pickupable openable opened cleanable heatable coolable toggleable sliceable "
-                "isClean isHot isCool isToggled isSliced isReceptacleObject"
-            ).split()
-        },
-        at={loc: [r for r, there in located if there == loc] for _, loc in located},
-        start=start.pop(),
-        inside=multimap((r, o) for o, r in facts["inReceptacle"]),
-        lying=multimap((loc, o) for o, loc in facts["objectAtLocation"]),
-        held_inside=multimap((outer, o) for o, outer in facts["inReceptacleObject"]),
-        help_text=re.search(
-            r"(Available commands:.*?)\"", grammar.replace("\\n", "\n"), re.S
-        ).group(1),
-        walkthrough=data.get("walkthrough") or [],
-    )
-    everywhere = {f"go to {game.name[r]}": ("go", loc, r) for r, loc in located}
-    for loc in {game.start, *game.at}:
-        game.goto[loc] = {text: action for text, action in everywhere.items() if action[1] != loc}
-    return game
-
-
-def readable_names(ids) -> dict:
-    """`mug_bar__plus_01...` -> "mug 2". Among the ids of a kind the first in sorted order gets the
-    highest number, as in alfworld's demangler. An id without `_bar_` gets a trailing blank."""
-    kinds = {
-        i: i.split("_bar_")[0] + ("basin" if "basin" in i else "") for i in ids if "_bar_" in i
-    }
-    count = Counter(kinds.values())
-    names = {i: i + " " for i in ids if i not in kinds}
-    for i in sorted(kinds):
-        names[i] = f"{kinds[i]} {count[kinds[i]]}"
-        count[kinds[i]] -= 1
-    return names
-
-
-# --------------------------------------------------------------------------------------------------
-# ALFWorld: playing
-# --------------------------------------------------------------------------------------------------
-
-
-class AlfWorld:
-    """One running game: `reset()` starts it, `step(action)` plays any string."""
-
-    def __init__(self, game: Game):
-        self.game = game
-
-    def reset(self) -> Observation:
-        game = self.game
-        self.location, self.held, self.won = game.start, None, False
-        self.inside = defaultdict(set, {r: set(objects) for r, objects in game.inside.items()})
-        self.lying = defaultdict(set, {loc: set(objects) for loc, objects in game.lying.items()})
-        self.removed = set()  # (object, receptacle): was taken from there and not put back
-        self.opened, self.toggled, self.sliced, self.clean, self.hot, self.cool = (
-            set(game.traits[t])
-            for t in ("opened", "isToggled", "isSliced", "isClean", "isHot", "isCool")
-        )
-        self.won = self.at_goal()
-        return self.observe(self.look(intro=True) + f"\n\nYour task is to: {game.task}.")
-
-    def step(self, action: str):
-        command = self.commands.get(action.strip())
-        text = self.apply(*command) if command else "Nothing happens."
-        if command:
-            self.won = self.at_goal()
-        return (
-            self.observe(text),
-            float(self.won),
-            self.won,
-            {"success": self.won, "score": float(self.won)},
-        )
-
-    def copy(self):
-        """An independent game in the same state (the parsed file is shared)."""
-        other = copy(self)
-        other.inside = defaultdict(set, {r: set(objects) for r, objects in self.inside.items()})
-        other.lying = defaultdict(set, {loc: set(objects) for loc, objects in self.lying.items()})
-        for name in ("removed", "opened", "toggled", "sliced", "clean", "hot", "cool"):
-            setattr(other, name, set(getattr(self, name)))
-        return other
-
-    def observe(self, text) -> Observation:
-        self.commands = self.find_commands()
-        listed = tuple(sorted(c for c in self.commands if c != "help"))
-        return Observation(text, self.game.task, self.game.task_type, listed)
-
-    def find_commands(self) -> dict:
-        """Applicable commands -> (verb, first id, second id): the preconditions of the actions."""
-        game, name, traits, held = self.game, self.game.name, self.game.traits, self.held
-        commands = dict(game.goto[self.location])
-        commands.update({c: (c, None, None) for c in ("inventory", "look", "help")})
-        for r in game.at.get(self.location, ()):
-            rtypes, reachable = game.rtype[r], r not in traits["openable"] or r in self.opened
-            commands[f"examine {name[r]}"] = ("examine receptacle", r, None)
-            if r in traits["openable"]:
-                verb = "close" if r in self.opened else "open"
-                commands[f"{verb} {name[r]}"] = (verb, r, None)
-            for o in self.inside[r]:
-                if held is None and reachable and o in traits["pickupable"]:
-                    commands[f"take {name[o]} from {name[r]}"] = ("take", o, r)
-                if o in traits["toggleable"]:
-                    commands[f"use {name[o]}"] = ("use", o, r)
-            if held is None:
-                continue
-            if reachable and any(
-                (rt, ot) in game.can_contain for rt in rtypes for ot in game.otype[held]
-            ):
-                commands[f"move {name[held]} to {name[r]}"] = ("move", held, r)
-            for verb, trait, appliance_types in game.appliances:
-                if held in traits[trait] and rtypes & appliance_types:
-                    commands[f"{verb} {name[held]} with {name[r]}"] = (verb, held, r)
-        if held is not None:
-            commands[f"examine {name[held]}"] = ("examine object", held, None)
-            if game.otype[held] & {"knifetype", "butterknifetype"}:
-                for o in self.lying[self.location] & traits["sliceable"]:
-                    commands[f"slice {name[o]} with {name[held]}"] = ("slice", o, held)
-        return commands
-
-    def apply(self, verb, a, b) -> str:
-        """The effects of one PDDL action, and the sentence the grammar gives it."""
-        name = self.game.name
-        if verb == "go":
-            self.location = a
-            return f"You arrive at {name[b]}. {self.describe(b)}"
-        if verb == "open":
-            self.opened.add(a)
-            return f"You open the {name[a]}. {self.describe(a)}"
-        if verb == "close":
-            self.opened.discard(a)
-            return f"You close the {name[a]}."
-        if verb == "take":
-            self.inside[b].discard(a)
-            self.lying[self.location].discard(a)
-            self.removed.add((a, b))
-            self.held = a
-            return f"You pick up the {name[a]} from the {name[b]}."
-        if verb == "move":
-            self.inside[b].add(a)
-            self.lying[self.location].add(a)
-            self.removed.discard((a, b))
-            self.held = None
-            return f"You move the {name[a]} to the {name[b]}."
-        if verb == "use":
-            self.toggled.add(a)
-            return f"You turn on the {name[a]}."
-        if verb == "slice":
-            self.sliced.add(a)
-            return f"You sliced the {name[a]} with the {name[b]}."
-        if verb in ("clean", "heat", "cool"):
-            if verb == "clean":
-                self.clean.add(a)
-            else:
-                gains, loses = (self.hot, self.cool) if verb == "heat" else (self.cool, self.hot)
-                gains.add(a)
-                loses.discard(a)
-            return f"You {verb} the {name[a]} using the {name[b]}."
-        if verb == "examine receptacle":
-            return self.describe(a)
-        if verb == "examine object":
-            return self.describe_held(a)
-        if verb == "inventory":
-            return (
-                f"You are carrying: a {name[self.held]}."
-                if self.held
-                else "You are not carrying anything."
-            )
-        return self.look() if verb == "look" else self.game.help_text
-
-    def describe(self, r) -> str:
-        """A receptacle: closed, or what is in it."""
-        name, content = self.game.name, listing(self.game.name[o] for o in sorted(self.inside[r]))
-        if r not in self.game.traits["openable"]:
-            return f"On the {name[r]}, you see {content}."
-        return (
-            f"The {name[r]} is open. In it, you see {content}."
-            if r in self.opened
-            else f"The {name[r]} is closed."
-        )
-
-    def describe_held(self, o) -> str:
-        name, traits = self.game.name, self.game.traits
-        clean, hot, cool, sliced = o in self.clean, o in self.hot, o in self.cool, o in self.sliced
-        if o in traits["isReceptacleObject"]:
-            content = listing(name[inner] for inner in sorted(self.game.held_inside[o]))
-            return f"This is a normal {name[o]}. In it, you see {content}."
-        if clean and (hot or cool):
-            words = "hot and clean" if hot else "cool and clean"
-        elif sliced and (clean or hot or cool):
-            words = "clean" if clean else "hot" if hot else "cool"
-        else:
-            words = "hot" if hot else "clean" if clean else "cold" if cool else ""
-        if words:
-            return f"This is a {words}{' sliced' if sliced else ''} {name[o]}."
-        if o in traits["toggleable"] and o in self.toggled:
-            return f"This {name[o]} is on."
-        return (
-            f"This is a sliced {name[o]}."
-            if sliced and o in traits["sliceable"]
-            else (f"There's nothing special about {name[o]}.")
-        )
-
-    def look(self, intro=False) -> str:
-        game, here = self.game, self.game.at.get(self.location, ())
-        if here:
-            floor = [
-                game.name[o]
-                for o in sorted(self.lying[self.location])
-                for r in here
-                if (o, r) in self.removed
-            ]
-            facing = listing((game.name[r] for r in here), article="")
-            return f"You are facing the {facing}. Next to it, you see {listing(floor)}."
-        # a quirk of the grammar: only the intro lists the room, a later `look` sees nothing
-        room = (
-            [game.name[r] for r, _ in sorted((r, loc) for loc, rs in game.at.items() for r in rs)]
-            if intro
-            else []
-        )
-        return (
-            f"You are in the middle of a room. Looking quickly around you, you see {listing(room)}."
-        )
-
-    def at_goal(self) -> bool:
-        game = self.game
-        kind, otype, place = game.goal
-        if kind == "look":  # hold the object where a switched-on lamp stands
-            lamps = {
-                o for r in game.at.get(self.location, ()) for o in self.inside[r]
-            } & self.toggled
-            lamps &= game.traits["toggleable"]
-            return (
-                self.held is not None
-                and otype in game.otype[self.held]
-                and any(place in game.otype[o] for o in lamps)
-            )
-        condition = {"clean": self.clean, "heat": self.hot, "cool": self.cool}.get(kind)
-        trait = game.traits.get(
-            {"clean": "cleanable", "heat": "heatable", "cool": "coolable"}.get(kind)
-        )
-        for r, objects in self.inside.items():
-            if place in game.rtype[r]:
-                good = [o for o in objects if otype in game.otype[o]]
-                good = (
-                    good
-                    if condition is None
-                    else [o for o in good if o in condition and o in trait]
-                )
-                if len(good) >= (2 if kind == "pick2" else 1):
-                    return True
-        return False
-
-
-def listing(names, article="a ") -> str:
-    """ "a mug 1, a plate 2, and a knife 1"; "nothing" when empty."""
-    names = [article + name for name in names]
-    if len(names) < 2:
-        return names[0] if names else "nothing"
-    return ", ".join(names[:-1]) + ", and " + names[-1]
-
-
-class TextWorldGame:
-    """The same game through the stock alfworld package, slow, the reference."""
-
-    def __init__(self, path: str):
-        import textworld
-        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
-        from textworld.envs import PddlEnv
-
-        infos = textworld.EnvInfos(won=True, admissible_commands=True)
-        self.env = AlfredDemangler(PddlEnv(infos), shuffle=False)
-        self.env.load(str(path))
-        self.task_type = task_type_of(path)
-
-    def observe(self, state, text) -> Observation:
-        return Observation(
-            text,
-            self.task,
-            self.task_type,
-            tuple(c for c in state.admissible_commands if c != "help"),
-        )
-
-    def reset(self) -> Observation:
-        state = self.env.reset()
-        text = state.feedback.split("=-\n\n", 1)[1]
-        self.task = text.rsplit("Your task is to: ", 1)[1].rstrip(".")
-        return self.observe(state, text)
-
-    def step(self, action: str):
-        state, score, done = self.env.step(action)
-        return (
-            self.observe(state, state.feedback),
-            float(score),
-            done,
-            {"success": done, "score": float(score)},
-        )
-
-
-# --------------------------------------------------------------------------------------------------
-# Choosing a world and its items
-# --------------------------------------------------------------------------------------------------
-
-
-WORLDS = ("alfworld", "webshop")
-EVAL_SPLIT = {"alfworld": "valid_seen", "webshop": "test"}  # what evaluate.py takes by default
+def world(name: str):
+    """The module of a world, imported when it is first asked for."""
+    if name not in WORLDS:
+        raise UserError(f"--env {name}: not a world of this project; choose {' or '.join(WORLDS)}")
+    return importlib.import_module(WORLDS[name])
 
 
 def make_env(name: str, item, engine: str = "fast"):
-    """Open one item; it always starts the same.
+    """Open one item, which always starts the same -> a game with `reset()` and `step(action)`.
 
     name      item
-    alfworld  the path of a `game.tw-pddl`
+    alfworld  the path of a `game.tw-pddl`; engine "textworld" plays it through the stock package
     webshop   "<data folder>/<asin>/<number>" as `list_items` gives it, or a goal as a dict in the
               original's format, for the catalogue under $WEBSHOP_DATA
     """
-    check_world(name)
-    if name == "webshop":
-        import webshop  # its search needs a stemmer, which ALFWorld does not
-
-        if isinstance(item, dict):
-            return webshop.WebShop(item, webshop.load_catalogue(data_root(name)))
-        folder, asin, number = str(item).rsplit("/", 2)
-        catalogue = webshop.load_catalogue(folder)
-        return webshop.WebShop(catalogue.goal(f"{asin}/{number}"), catalogue)
-    if engine == "textworld":
-        return TextWorldGame(item)
-    if engine != "fast":
-        raise UserError(f"--engine {engine}: choose fast or textworld")
-    return AlfWorld(load_game(str(item)))
+    return world(name).open_item(item, engine)
 
 
-def check_world(name):
-    if name not in WORLDS:
-        raise UserError(f"--env {name}: not a world of this project; choose {' or '.join(WORLDS)}")
-
-
-def data_root(name, data=None) -> str:
-    """The data folder: `data`, else $ALFWORLD_DATA (~/.cache/alfworld) or $WEBSHOP_DATA."""
-    default = str(Path.home() / ".cache" / "alfworld") if name == "alfworld" else ""
-    root = data or os.environ.get(f"{name.upper()}_DATA") or default
+def data_root(name, data=None) -> Path:
+    """The data folder: `data`, else $ALFWORLD_DATA or $WEBSHOP_DATA, else the world's own default."""
+    root = data or os.environ.get(f"{name.upper()}_DATA") or world(name).DATA
     if not root:
-        raise UserError("--env webshop: set WEBSHOP_DATA or --data to the original's JSON files")
-    return root
+        raise UserError(f"--env {name}: set {name.upper()}_DATA or --data to the original's files")
+    return Path(root).expanduser()
 
 
 def list_items(name, split, data=None, *, human_goals=False, split_rule="product") -> list:
@@ -540,84 +53,52 @@ def list_items(name, split, data=None, *, human_goals=False, split_rule="product
 
     data          the folder that holds json_2.1.1, or WebShop's three JSON files; see `data_root`
     human_goals   WebShop: goals written by people instead of the synthetic ones
-    split_rule    WebShop: "product" or "verl", see `webshop.Catalogue.split`
-    ALFWorld's games with movable receptacles or sliced objects are left out, as stock does.
+    split_rule    WebShop: "product" or "verl", see `worlds.webshop.Catalogue.split`
     """
-    check_world(name)
-    root = Path(data_root(name, data))
-    if name == "webshop":
-        import webshop
-
-        if split not in ("train", "test"):
-            raise UserError(f"--env webshop has no split {split}: choose train or test")
-        if split_rule not in ("product", "verl"):
-            raise UserError(f"--split_rule {split_rule}: choose product or verl")
-        goals = webshop.load_catalogue(str(root)).split(split, human_goals, split_rule)
-        if not goals:
-            raise UserError(f"no goals in {root}: its files have no instructions of this kind")
-        return [f"{root}/{goal}" for goal in goals]
-    folder = root / "json_2.1.1" / split
-    if not folder.is_dir():
-        found = sorted(p.name for p in (root / "json_2.1.1").glob("*") if p.is_dir())
-        remedy = "run alfworld-download, or set ALFWORLD_DATA or --data"
-        remedy = f"choose one of {found}" if found else remedy
-        raise UserError(f"no data folder {folder} for --env {name}, split {split}: {remedy}")
-    games = sorted(str(path) for path in folder.glob("*/*/game.tw-pddl"))
-    games = [path for path in games if "movable" not in path and "Sliced" not in path]
-    if not games:
-        remedy = "run alfworld-download again, or choose another split"
-        raise UserError(f"no game.tw-pddl in {folder}: {remedy}")
-    return games
+    rules = {"human_goals": human_goals, "split_rule": split_rule}
+    return world(name).list_items(data_root(name, data), split, rules)
 
 
-def shared_items(name, split, other, data=None, *, human_goals=False, split_rule="product") -> set:
-    """Games, or products with goals, that are in two splits at once; under `split_rule` "verl"
-    goals. An evaluation must not see training items."""
+def shared_items(name, split, other, data=None, **rules) -> set:
+    """What two splits have in common (games, products with goals; goals under `split_rule` "verl"):
+    an evaluation must not see training items.
+    """
     if split == other:
         return set()
-    parts = slice(-3, -1) if name == "alfworld" else slice(-2, -1)  # the trial; the product
-    parts = slice(-2, None) if split_rule == "verl" else parts
-    options = {"human_goals": human_goals, "split_rule": split_rule}
     try:
-        items = [list_items(name, s, data, **options) for s in (split, other)]
-    except UserError:  # only one of the two is on this machine
+        items = [list_items(name, s, data, **rules) for s in (split, other)]
+    except UserError as error:  # only one of the two is on this machine
+        print(f"{split} and {other} were not checked for common items: {error}")
         return set()
-    a, b = ({Path(item).parts[parts] for item in chosen} for chosen in items)
-    return a & b
-
-
-def task_type_of(item) -> str:
-    """The short task type ("clean", "pick2", ...) of an item, from its folder name."""
-    return TASK_TYPES.get(Path(item).parent.parent.name.split("-")[0], "unknown")
+    ours, theirs = ({world(name).identity(item, rules) for item in chosen} for chosen in items)
+    return ours & theirs
 
 
 # --------------------------------------------------------------------------------------------------
-# Prompts and actions
+# Prompts
 # --------------------------------------------------------------------------------------------------
 
-HISTORY = 2  # how many past (observation, action) pairs a prompt repeats, as in verl-agent
-LONGEST = 13_000  # characters; a longer WebShop prompt is written without history, as in verl-agent
-
-ROLES = {
-    "alfworld": "You are an agent in a household, playing the text game ALFWorld.",
-    "webshop": "You are an agent shopping in the online store WebShop.",
-}
 INSTRUCTION = (
     "Reason first, inside <think> </think>. Then choose one of the admissible actions and give it "
     "inside <action> </action>."
 )
 
 
-def shown(text: str, world: str, task: str) -> str:
-    """An observation as a prompt shows it; of a WebShop page the quoted parts after the task."""
-    parts = text.split(" [SEP] ")
-    if world != "webshop" or task not in parts:
-        return text
-    return " [SEP] ".join(f"'{part}'" for part in parts[parts.index(task) + 1 :])
+def build_prompts(obs: Observation, history=(), skills=(), keep: int = 2) -> tuple:
+    """The user messages of one step -> (x_t, xs_t): plain, and with the skills; equal without any.
+
+    Both repeat the same steps. A world whose prompts can get too long (WebShop's above 13,000
+    characters, as in verl-agent) drops the history of both as soon as one is longer.
+    """
+    plain = build_prompt(obs, history, (), keep)
+    skilled = build_prompt(obs, history, skills, keep)
+    if keep and len(skilled) > world(obs.world).LONGEST_PROMPT:  # xs_t is never the shorter one
+        return build_prompts(obs, history, skills, keep=0)
+    return plain, skilled
 
 
-def build_prompt(obs: Observation, history=(), skills=(), keep: int = HISTORY) -> str:
-    """The user message of one step: the method's x_t, or xs_t with skills (method 3.2).
+def build_prompt(obs: Observation, history=(), skills=(), keep: int = 2) -> str:
+    """The user message of one step: x_t, or xs_t where there are skills.
 
     | field              | first step                     | later steps                            |
     |--------------------|--------------------------------|----------------------------------------|
@@ -632,53 +113,48 @@ def build_prompt(obs: Observation, history=(), skills=(), keep: int = HISTORY) -
     history   [(observation text, action), ...] of this episode, oldest first
     skills    [(condition, strategy), ...]; empty for the plain prompt
     """
-    parts = [ROLES[obs.world]]
-    if history or obs.world == "webshop":
+    place = world(obs.world)
+    parts = [place.ROLE]
+    if history or not place.TASK_IN_FIRST_OBSERVATION:
         parts[0] += f" Your task is to: {obs.task}."
     if skills:
         parts.append("Experience that may help:")
         parts += [f"- When {condition}: {strategy}" for condition, strategy in skills]
-    text = shown(obs.text, obs.world, obs.task)
+    text = place.shown(obs.text, obs.task)
     if history:
-        latest = list(enumerate(history, 1))[max(0, len(history) - keep) :]
-        parts.append(
-            f"Steps taken so far: {len(history)}. The latest observations and your actions:"
-        )
-        for n, (seen, action) in latest:
-            seen = shown(seen, obs.world, obs.task)
-            parts.append(f"[Observation {n}: '{seen}', Action {n}: '{action}']")
-        parts.append(f"Now at step {len(history) + 1}, you observe: {text}")
+        taken = len(history)
+        parts.append(f"Steps taken so far: {taken}. The latest observations and your actions:")
+        for n in range(max(0, taken - keep), taken):
+            seen, action = history[n]
+            seen = place.shown(seen, obs.task)
+            parts.append(f"[Observation {n + 1}: '{seen}', Action {n + 1}: '{action}']")
+        parts.append(f"Now at step {taken + 1}, you observe: {text}")
     else:
         parts.append(f"You observe: {text}")
     actions = "\n".join(f"'{action}'" for action in obs.admissible)
     parts += [f"Admissible actions: [{actions}]", INSTRUCTION]
-    prompt = "\n".join(parts)
-    if obs.world == "webshop" and len(prompt) > LONGEST and history and keep:
-        return build_prompt(obs, history, skills, keep=0)
-    return prompt
+    return "\n".join(parts)
 
 
-def build_mining_prompt(task, task_type, steps, known=(), obs_chars=200, world="alfworld") -> str:
-    """The user message that asks the policy for a skill from an episode it solved (method 5.1).
+def build_mining_prompt(task, task_type, steps, known=(), obs_chars=200, env="alfworld") -> str:
+    """The user message that asks the policy for a skill from an episode it solved.
 
     steps      [(observation text, action), ...] of the episode; texts are cut to `obs_chars`
     known      conditions of the skills this bucket already has, not to be repeated
     """
-    name = {"alfworld": "text game ALFWorld", "webshop": "online store WebShop"}[world]
+    place = world(env)
     lines = [
-        f"You solved a task of the kind '{task_type}' in the {name}. "
+        f"You solved a task of the kind '{task_type}' in the {place.NAME}. "
         "Extract one reusable skill from it.",
         f"Task: {task}.",
         "What you saw and did:",
     ]
     for n, (text, action) in enumerate(steps, 1):
-        seen = shown(text, world, task).split("\n")[0][:obs_chars]
+        seen = place.shown(text, task).split("\n")[0][:obs_chars]
         lines.append(f"{n}. saw: {seen} did: {action}")
     if known:
-        lines.append(
-            "Known skills, do not repeat them: "
-            + "; ".join(f"when {condition}" for condition in known)
-        )
+        conditions = "; ".join(f"when {condition}" for condition in known)
+        lines.append(f"Known skills, do not repeat them: {conditions}")
     lines.append(
         "Write a general rule without object numbers, in at most two sentences. "
         "Answer with JSON only: "
@@ -687,19 +163,31 @@ def build_mining_prompt(task, task_type, steps, known=(), obs_chars=200, world="
     return "\n".join(lines)
 
 
-FALLBACK_CHARS = {"alfworld": 30, "webshop": 20}  # of an unparsable response, sent to the world
+# --------------------------------------------------------------------------------------------------
+# Actions
+# --------------------------------------------------------------------------------------------------
+
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]")
 
 
-def parse_action(text: str, fallback_chars: int = FALLBACK_CHARS["alfworld"]) -> tuple:
+def action_span(text: str):
+    """Where the text of the first <action>...</action> begins and ends, or None."""
+    start = re.search("<action>", text, re.I)
+    stop = start and re.compile("</action>", re.I).search(text, start.end())
+    return (start.end(), stop.start()) if stop else None
+
+
+def parse_action(text: str, fallback_chars: int = 30) -> tuple:
     """A response -> (action in lower case, valid).
 
     Valid is a matter of format: <action>...</action>, <think> and </think>, no CJK character. A
     well-formed action the world does not admit is valid; nothing happens. Without an action the
-    last `fallback_chars` characters are sent to the world (method 3.1).
+    last `fallback_chars` characters are sent to the world (a world's FALLBACK_CHARS; verl-agent's
+    rules).
     """
-    match = re.search(r"<action>(.*?)</action>", text, re.S | re.I)
-    if not match:
+    span = action_span(text)
+    if span is None:
         return text[-fallback_chars:].lower(), False
+    start, stop = span
     valid = "<think>" in text and "</think>" in text and not CJK.search(text)
-    return match.group(1).strip().lower(), valid
+    return text[start:stop].strip().lower(), valid

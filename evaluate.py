@@ -14,6 +14,7 @@ temperature 0.4, as in the GiGPO paper.
 """
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,11 @@ import numpy as np
 
 import common
 import envs
-import parallel
-from common import SkillBank, UserError, flag, plan_rollouts, rollout, wilson
+from common import Policy, SkillBank, UserError, plan_groups, rollout
+from config import flag, write_atomically
+from runtime import parallel
+from runtime.policy import load_policy
+from runtime.run import goal_rules, list_items, set_up
 
 
 @dataclass
@@ -40,17 +44,32 @@ class Evaluation:
     )
 
 
-def evaluate(model, tokenizer, config, items, temperature, bank=None) -> list:
+def evaluate(policy, config, items, temperature, bank=None) -> list:
     """One episode for each item, in waves of 256 -> [Episode]."""
     episodes = []
     for start in range(0, len(items), 256):
         wave = items[start : start + 256]
-        plan = plan_rollouts(wave, config, bank, ("active",), members=1, skilled=1)
+        skilled = 1 if bank else 0
+        groups = plan_groups(
+            wave, config, members=1, skilled=skilled, bank=bank, statuses=("active",)
+        )
         seed = config.seed + start
         episodes += rollout(
-            model, tokenizer, config, plan, temperature=temperature, seed=seed, desc="evaluate"
+            policy, config, groups, seed, temperature=temperature, desc="evaluate"
         )
     return episodes
+
+
+def wilson(successes: int, n: int) -> tuple:
+    """95% Wilson score interval of a rate."""
+    if n == 0:
+        return 0.0, 1.0
+    z = 1.96
+    rate = successes / n
+    center = rate + z * z / (2 * n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
 
 
 def table(episodes) -> dict:
@@ -75,9 +94,10 @@ def table(episodes) -> dict:
     return result
 
 
-def choose(config, choice):
+def choose_checkpoint(config, choice) -> tuple:
     """The checkpoint's name in a run, or a model -> (model path, skill bank or None)."""
-    root, name = Path("runs") / config.run, choice.checkpoint
+    root = Path("runs") / config.run
+    name = choice.checkpoint
     if name in ("warmup", "mine", "distill"):
         path = root / name / "model"
         if not path.exists():
@@ -89,37 +109,51 @@ def choose(config, choice):
     return path, SkillBank.load(folder, config) if choice.skills else None
 
 
-def main():
-    config, choice = common.parse_config("evaluate", __doc__.split("\n")[0], Evaluation)
-    device = common.set_up(config)
-    split = choice.eval_split or envs.EVAL_SPLIT[config.env]
-    items = common.list_items(config, split)
-    rules = common.goal_rules(config)
-    shared = envs.shared_items(config.env, config.split, split, config.data, **rules)
+def choose_items(config, choice, split) -> list:
+    """The items of the split. UserError if one of them was trained on."""
+    items = list_items(config, split)
+    shared = envs.shared_items(config.env, config.split, split, config.data, **goal_rules(config))
     if shared:
         raise UserError(f"{len(shared)} items are in {config.split} and {split} both")
     if choice.eval_items:
-        items = items[:: max(1, len(items) // choice.eval_items)][: choice.eval_items]
-    path, bank = choose(config, choice)
-    model, tokenizer = common.load_policy(path, config, device, trainable=False)
-    episodes = evaluate(model, tokenizer, config, items, choice.eval_temperature, bank)
+        stride = max(1, len(items) // choice.eval_items)
+        items = items[::stride][: choice.eval_items]
+    return items
 
-    results, name = table(episodes), choice.checkpoint
+
+def main():
+    config, choice = common.parse_config("evaluate", __doc__, Evaluation)
+    device = set_up(config)
+    split = choice.eval_split or envs.world(config.env).EVAL_SPLIT
+    items = choose_items(config, choice, split)
+    path, bank = choose_checkpoint(config, choice)
+    policy = Policy(*load_policy(path, config, device, trainable=False))
+    episodes = evaluate(policy, config, items, choice.eval_temperature, bank)
+
+    results = table(episodes)
+    name = choice.checkpoint
     arm = "with skills" if bank else "plain prompt"
     print(f"{name}, {arm}: {len(items)} items of {split}, T={choice.eval_temperature}")
     print(f"{'task type':<10}{'solved':>10}{'success':>10}{'95% interval':>18}{'score':>8}  steps")
     for task_type, r in results.items():
-        counts, interval = f"{r['solved']}/{r['n']}", f"[{r['low']:.3f}, {r['high']:.3f}]"
+        counts = f"{r['solved']}/{r['n']}"
+        interval = f"[{r['low']:.3f}, {r['high']:.3f}]"
         line = f"{task_type:<10}{counts:>10}{r['success']:>10.3f}{interval:>18}"
         print(f"{line}{r['score']:>8.3f}{r['steps']:>7.1f}")
     label = (Path(name).name if "/" in name else name) + ("-skills" if bank else "")
     default = Path("runs") / config.run / f"eval-{split}-{label}.json"
     out = Path(choice.out) if choice.out else default
-    record = {"checkpoint": str(path), "skills": bool(bank), "seed": config.seed}
-    record |= {"split": split, "temperature": choice.eval_temperature}
-    record |= {"results": results, "items": {e.item: e.success for e in episodes}}
+    record = {
+        "checkpoint": str(path),
+        "skills": bool(bank),
+        "seed": config.seed,
+        "split": split,
+        "temperature": choice.eval_temperature,
+        "results": results,
+        "items": {e.item: e.success for e in episodes},
+    }
     if parallel.rank() == 0:
-        common.write_atomically(out, json.dumps(record, indent=1))
+        write_atomically(out, json.dumps(record, indent=1))
     print(f"written to {out}")
 
 

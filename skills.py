@@ -1,9 +1,9 @@
 """Skills: their life from candidate to active to retired, and the bank that a run keeps them in.
 
-A skill is a condition and a strategy that the policy wrote about an episode it solved (method
-section 5). It proves itself: half of a group of rollouts has it in the prompt, half does not, and
-the difference in success, Delta_g, moves its utility. The bank serves training only; what
-`distill.py` makes needs no skill.
+A skill is a condition and a strategy that the policy wrote about an episode it solved. It proves
+itself: half of a group of rollouts has it in the prompt, half does not, and the difference in
+success, Delta_g, moves its utility u_s (docs/method.md, section 3). The bank serves training only;
+what `distill.py` makes needs no skill.
 """
 
 import json
@@ -17,17 +17,17 @@ import numpy as np
 from rapidfuzz import fuzz
 from rapidfuzz.utils import default_process
 
-from envs import UserError, read_jsonl, write_atomically
+from config import UserError, read_jsonl, write_atomically
 
 
 @dataclass(eq=False)
 class Skill:
-    """A condition-strategy pair and its record (method 5.2)."""
+    """A condition-strategy pair and its record."""
 
     condition: str
     strategy: str
     bucket: str  # task type
-    utility: float = 0.0  # u: EMA of Delta_g
+    utility: float = 0.0  # u_s: moving average of Delta_g
     n: int = 0  # evaluations
     status: str = "candidate"  # candidate -> active -> retired
     retrieved: int = 0  # groups that carried it
@@ -39,13 +39,16 @@ class Skill:
 class SkillBank:
     """The skills of a run, for phases 1 and 2 only; inference needs none."""
 
-    MAX_WORDS, DUPLICATE, PER_BUCKET = 80, 90, 20
+    MAX_WORDS = 80  # in a skill
+    DUPLICATE = 90  # percent of similarity from which two strategies count as one
+    PER_BUCKET = 20  # candidate and active skills; one more retires the least valued
 
     def __init__(self, config):
-        self.config, self.skills = config, []
+        self.config = config
+        self.skills = []
 
     def add(self, condition, strategy, bucket, iteration=0) -> str:
-        """Add a candidate -> "added", or why not: "words", "instance", "duplicate" (method 5.1)."""
+        """Add a candidate -> "added", or why not: "words", "instance", "duplicate"."""
         text = f"{condition}: {strategy}"
         if len(text.split()) > self.MAX_WORDS:
             return "words"
@@ -68,7 +71,7 @@ class SkillBank:
         return skill.utility + 0.1 * math.sqrt(math.log(1 + total) / (1 + skill.retrieved))
 
     def retrieve(self, task, bucket, k=3, statuses=("candidate", "active")) -> list:
-        """The skills of a group, once for all its steps (method 5.3): the least tried candidate,
+        """The skills of a group, once for all its steps: the least tried candidate,
         then the best active ones, by 0.5 lexical match of task and condition + utility + UCB. One
         candidate at most, so that Delta_g is its own.
         """
@@ -86,7 +89,7 @@ class SkillBank:
         return chosen
 
     def update(self, skill, delta):
-        """One evaluation: u <- (1 - alpha) u + alpha Delta_g; promote or retire (method 5.2)."""
+        """One evaluation: u_s <- (1 - alpha) u_s + alpha Delta_g, promote or retire (method Eq. 9)."""
         skill.utility += self.config.ema * (delta - skill.utility)
         skill.n += 1
         skill.deltas.append(round(delta, 4))
@@ -98,16 +101,36 @@ class SkillBank:
         elif skill.status == "candidate" and skill.utility > self.config.active_above:
             skill.status = "active"
 
+    def evaluate(self, episodes, deltas):
+        """Credit every skill of a paired group with the group's Delta_g, once."""
+        skills = {e.group: e.skills for e in episodes if e.skills}
+        for group, delta in deltas.items():
+            for skill in skills[group]:
+                self.update(skill, delta)
+
     def count(self) -> dict:
         statuses = [s.status for s in self.skills]
         return {status: statuses.count(status) for status in ("candidate", "active", "retired")}
+
+    def summary(self) -> str:
+        return " ".join(f"{n} {status}" for status, n in self.count().items())
+
+    def table(self) -> str:
+        """Every skill with its record, the active first, the retired last."""
+        order = ("active", "candidate", "retired")
+        lines = [f"{'status':<10}{'utility':>8}{'n':>4}  skill"]
+        for s in sorted(self.skills, key=lambda s: (order.index(s.status), -s.utility)):
+            record = f"{s.status:<10}{s.utility:>+8.2f}{s.n:>4}"
+            lines.append(f"{record}  [{s.bucket}] when {s.condition}: {s.strategy}")
+        return "\n".join(lines)
 
     def save(self, path):
         write_atomically(path, "".join(json.dumps(asdict(s)) + "\n" for s in self.skills))
 
     @classmethod
     def load(cls, folder, config):
-        path, bank = Path(folder) / "skills.jsonl", cls(config)
+        path = Path(folder) / "skills.jsonl"
+        bank = cls(config)
         if not path.exists():
             raise UserError(f"{path}: no such skill file; it is written by mine.py")
         bank.skills = [Skill(**line) for line in read_jsonl(path)]
@@ -126,30 +149,22 @@ def parse_skill(text: str):
 
 
 def group_deltas(episodes) -> dict:
-    """Paired groups -> Delta_g = mean success of the skill half - of the plain half (5.4)."""
+    """Paired groups -> Delta_g = mean success of the skill half - of the plain half (method Eq. 8)."""
     halves = defaultdict(lambda: ([], []))
     for e in episodes:
         halves[e.group][bool(e.skills)].append(e.success)
     return {g: float(np.mean(s) - np.mean(p)) for g, (p, s) in halves.items() if s and p}
 
 
-def evaluate_skills(bank, episodes, deltas):
-    """Credit every skill of a paired group with the group's Delta_g, once."""
-    skills = {e.group: e.skills for e in episodes if e.skills}
-    for group, delta in deltas.items():
-        for skill in skills[group]:
-            bank.update(skill, delta)
-
-
-def skill_line(counts) -> str:
-    return " ".join(f"{n} {status}" for status, n in counts.items())
-
-
-def skill_table(bank) -> str:
-    """Every skill with its record, the active first, the retired last."""
-    order = ("active", "candidate", "retired")
-    lines = [f"{'status':<10}{'utility':>8}{'n':>4}  skill"]
-    for s in sorted(bank.skills, key=lambda s: (order.index(s.status), -s.utility)):
-        record = f"{s.status:<10}{s.utility:>+8.2f}{s.n:>4}"
-        lines.append(f"{record}  [{s.bucket}] when {s.condition}: {s.strategy}")
-    return "\n".join(lines)
+def plain_successes(episodes, k) -> list:
+    """What mining needs of the episodes solved without skills: the buffer D_succ grows by these."""
+    return [
+        {
+            "task": e.task,
+            "task_type": e.task_type,
+            "iteration": k,
+            "steps": [[s.obs, s.action] for s in e.steps],
+        }
+        for e in episodes
+        if e.success and not e.skills
+    ]

@@ -1,6 +1,6 @@
 """WebShop as a plain-Python engine: search, catalogue, goals, reward, pages. No Java, no torch.
 
-    shop = WebShop(goal, load_catalogue("/data/webshop"))
+    shop = open_item("/data/webshop/B09QQP3356/0")       # <folder>/<product>/<number of the goal>
     obs = shop.reset()                        # obs.text: the page, its parts joined by [SEP]
     obs, reward, done, info = shop.step("search[red shirt]")    # 1.0 where the score is 1.0
 
@@ -33,6 +33,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -47,12 +48,24 @@ from nltk.stem.porter import PorterStemmer
 from rapidfuzz import fuzz
 from rapidfuzz.utils import default_process
 
-from envs import Observation, UserError
+from config import UserError
+from worlds import Observation
+
+# What every world tells `envs.py` about itself (see worlds/README.md).
+NAME = "online store WebShop"  # in the request for a skill
+ROLE = "You are an agent shopping in the online store WebShop."  # starts every prompt
+TASK_IN_FIRST_OBSERVATION = False  # a prompt shows pages without the instruction
+FALLBACK_CHARS = 20  # of a response without an action, sent to the world
+LONGEST_PROMPT = 13_000  # characters; a longer prompt is written without history
+DATA = ""  # nobody but the user knows where the original's files are
+EVAL_SPLIT = "test"  # what evaluate.py takes by default
 
 SEED = 0  # of the prices given as a range and of the price limits
 GOAL_SEED = 0  # of the one shuffle of the goals
-RESULTS, PER_PAGE = 50, 10
-CACHE, FORMAT = Path("runs/webshop-cache"), 2  # raise FORMAT when what is cached changes
+RESULTS = 50  # of a search, at most
+PER_PAGE = 10
+CACHE = Path("runs/webshop-cache")
+FORMAT = 2  # raise it when what is cached changes
 
 # --------------------------------------------------------------------------------------------------
 # Text analysis: Lucene's EnglishAnalyzer
@@ -61,7 +74,8 @@ CACHE, FORMAT = Path("runs/webshop-cache"), 2  # raise FORMAT when what is cache
 # A token by the Unicode word-break rules, as Lucene's StandardTokenizer keeps it: letters, digits
 # and underscores run together; ' and . between letters and ' . , ; between digits do not break it.
 LETTER = r"[\p{WB=ALetter}\p{WB=Hebrew_Letter}]\p{M}*"
-DIGIT, JOIN = r"\p{WB=Numeric}\p{M}*", r"\p{WB=ExtendNumLet}"
+DIGIT = r"\p{WB=Numeric}\p{M}*"
+JOIN = r"\p{WB=ExtendNumLet}"
 PICTURE = (  # Extended_Pictographic as it was up to Unicode 15, Lucene's
     r"(?![0-9#*])[\p{Emoji}\u2600-\u2605\u2607-\u2612\u2614-\u2685\u2690-\u2705"
     r"\u2708-\u2712\u2763-\u2767\u2388\U0001F000-\U0001FAFF]"
@@ -101,7 +115,8 @@ def analyze(text: str) -> list:
 # Search: Lucene's BM25, k1 = 0.9, b = 0.4
 # --------------------------------------------------------------------------------------------------
 
-K1, B = np.float32(0.9), np.float32(0.4)
+K1 = np.float32(0.9)
+B = np.float32(0.4)
 
 
 def stored_length(n: int) -> int:
@@ -330,10 +345,12 @@ class Catalogue:
         return json.loads(self.file.readline())
 
     def search(self, words: list) -> list:
-        """Products for a query; <r>, <c> and <q> as first word are the original's back doors."""
+        """Products for a query; <r>, <c> and <q> as first word are the original's back doors
+        (<r>, any products, are the same for the same words here)."""
         first, rest = words[0], " ".join(words[1:]).strip()
         if first == "<r>":
-            return random.sample(range(len(self.ids)), min(RESULTS, len(self.ids)))
+            count = len(self.ids)
+            return random.Random(rest).sample(range(count), min(RESULTS, count))
         if first in ("<c>", "<q>"):
             name = "category" if first == "<c>" else "query"
             return [i for i in range(len(self.ids)) if self.read(i)[name] == rest]
@@ -507,8 +524,26 @@ def reward(product: dict, goal: dict, price: float, chosen: dict) -> float:
 # Pages and actions
 # --------------------------------------------------------------------------------------------------
 
-BACK, PREV, NEXT, BUY = "Back to Search", "< Prev", "Next >", "Buy Now"
-SUBPAGES = ("Description", "Features", "Reviews", "Attributes")
+BACK = "Back to Search"
+PREV = "< Prev"
+NEXT = "Next >"
+BUY = "Buy Now"
+SUBPAGES = ("Description", "Features", "Reviews")
+
+
+def parse_command(action: str) -> tuple:
+    """"verb[target]" -> (verb, target in lower case), as the original's `(.+)\\[(.+)\\]` finds them.
+
+    Greedy on one line: the target ends at the last "]" and begins at the last "[" that leaves it
+    something; anything else is a verb without a target. Linear in the length, which a regular
+    expression with two greedy parts is not.
+    """
+    line = action.split("\n", 1)[0]
+    stop = line.rfind("]")
+    start = line.rfind("[", 0, max(0, stop - 1))
+    if start < 1:
+        return action, ""
+    return line[:start], line[start + 1 : stop].lower()
 
 
 class WebShop:
@@ -519,12 +554,13 @@ class WebShop:
     | search   | the instruction                               | results                        |
     | results  | ten products: asin, title, price              | item, other results, search    |
     | item     | options, title, price                         | subpages, itself, done         |
-    | subpage  | description, features, reviews or attributes  | item                           |
+    | subpage  | description, features or reviews              | item                           |
     | done     | the score                                     |                                |
     """
 
-    def __init__(self, goal: dict, catalogue: Catalogue, show_attributes=False):
-        self.goal, self.catalogue, self.show_attributes = goal, catalogue, show_attributes
+    def __init__(self, goal: dict, catalogue: Catalogue):
+        self.goal = goal
+        self.catalogue = catalogue
 
     def reset(self) -> Observation:
         self.done, self.score, self.words, self.number = False, 0.0, None, 1
@@ -537,8 +573,7 @@ class WebShop:
         reward        1.0 for a purchase with the full score, else 0.0
         info          "score": the original's reward, in [0, 1]; "success": it is 1.0
         """
-        match = re.match(r"(.+)\[(.+)\]", action)
-        verb, target = (match[1], match[2].lower()) if match else (action, "")
+        verb, target = parse_command(action)
         if self.done:
             pass
         elif verb == "search" and target:  # on every page, with or without a search bar
@@ -549,10 +584,6 @@ class WebShop:
         success = self.done and self.score == 1.0
         info = {"score": self.score, "success": success}
         return self.observe(), float(success), self.done, info
-
-    def available(self) -> dict:
-        """What can be done on this page, in the original's format."""
-        return {"has_search_bar": self.kind == "search", "clickables": list(self.clickables)}
 
     def observe(self) -> Observation:
         admissible = [f"click[{name}]" for name in self.clickables]
@@ -591,14 +622,12 @@ class WebShop:
         parts = [BACK, PREV]
         for name, values in p["options"].items():
             parts += [name, *values]
-        tabs = [t for t in SUBPAGES if t != "Attributes" or self.show_attributes]
-        parts += [p["title"], f"Price: {p['price_tag']}", "Rating: N.A.", *tabs, BUY]
-        self.show("item", parts, [BACK, PREV, *tabs, BUY], (), p["options"].items())
+        parts += [p["title"], f"Price: {p['price_tag']}", "Rating: N.A.", *SUBPAGES, BUY]
+        self.show("item", parts, [BACK, PREV, *SUBPAGES, BUY], (), p["options"].items())
 
     def open_subpage(self, name):
         p = self.catalogue.product(self.catalogue.number[self.asin])
-        texts = {"description": [p["description"]], "features": p["bullets"]}
-        texts |= {"reviews": [], "attributes": p["attributes"]}
+        texts = {"description": [p["description"]], "features": p["bullets"], "reviews": []}
         self.show("subpage", [BACK, PREV, *texts[name]], [BACK, PREV])
 
     def buy(self):
@@ -644,3 +673,45 @@ DONE_PAGE = (
     "[SEP] category [SEP] product category [SEP] query [SEP] Goal [SEP] None [SEP] Reward [SEP] "
     "Your score (min 0.0, max 1.0) [SEP] {score} [SEP] Reward Details [SEP] None"
 )
+
+
+# --------------------------------------------------------------------------------------------------
+# What envs.py calls
+# --------------------------------------------------------------------------------------------------
+
+
+def open_item(item, engine: str = "fast") -> WebShop:
+    """A session for "<data folder>/<asin>/<number>" as `list_items` gives it, or for a goal as a
+    dict in the original's format, in the catalogue under $WEBSHOP_DATA.
+    """
+    if isinstance(item, dict):
+        return WebShop(item, load_catalogue(os.environ.get("WEBSHOP_DATA", ".")))
+    folder, asin, number = str(item).rsplit("/", 2)
+    catalogue = load_catalogue(folder)
+    return WebShop(catalogue.goal(f"{asin}/{number}"), catalogue)
+
+
+def list_items(root, split, rules) -> list:
+    """The goals of a split; rules: human_goals, split_rule (see `Catalogue.split`)."""
+    if split not in ("train", "test"):
+        raise UserError(f"--env webshop has no split {split}: choose train or test")
+    if rules["split_rule"] not in ("product", "verl"):
+        raise UserError(f"--split_rule {rules['split_rule']}: choose product or verl")
+    catalogue = load_catalogue(str(root))
+    goals = catalogue.split(split, rules["human_goals"], rules["split_rule"])
+    if not goals:
+        raise UserError(f"no goals in {root}: its files have no instructions of this kind")
+    return [f"{root}/{goal}" for goal in goals]
+
+
+def identity(item, rules) -> tuple:
+    """What two splits must not share: the product, or under the usual rule the goal."""
+    return Path(item).parts[-2:] if rules["split_rule"] == "verl" else Path(item).parts[-2:-1]
+
+
+def shown(text, task) -> str:
+    """A page as a prompt shows it: its parts after the task, quoted."""
+    parts = text.split(" [SEP] ")
+    if task not in parts:
+        return text
+    return " [SEP] ".join(f"'{part}'" for part in parts[parts.index(task) + 1 :])

@@ -1,6 +1,6 @@
 """The embedded default's second world: a small WebShop catalogue and lessons in shopping.
 
-    python tiny.py train --world webshop --count 32000 ...       # see tiny_policy_webshop/README.md
+    python -m tiny.imitate --world webshop --count 32000 ...    # see policy_webshop/README.md
 
 The catalogue is in the original's format (`items_shuffle.json`, `items_ins_v2.json`), so everything
 from search to reward is the real engine. As in ALFWorld, the demonstrator that the tiny policy
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import envs
-import webshop
+from worlds import webshop
 
 SHOP = Path("runs/tiny-shop")
 HISTORY = 1  # past steps in a prompt, as in the preset: pages are long for a small policy

@@ -1,8 +1,7 @@
 """The memory a run needs, part by part, before anything is loaded: `--dry_run` of the phases.
 
     python warmup.py --preset alfworld-7b --dry_run
-    python memory.py --preset alfworld-1.5b          # the same table
-    WORLD_SIZE=4 python memory.py --preset alfworld-7b     # for each of 4 GPUs under torchrun
+    WORLD_SIZE=4 python warmup.py --preset alfworld-7b --dry_run     # for each of 4 GPUs
 
 Bytes are counted from the model's shape alone (its config.json, no weights):
 
@@ -24,7 +23,11 @@ import itertools
 import math
 import os
 
-import common
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+
+from config import UserError
+from runtime.policy import SHAPES, dtype_of, local_path
 
 # MiB that nvidia-smi reports for an RTX 4090, A6000, H100 and H200; CUDA itself takes about 1,024
 CARDS = {"24 GB": 24_564, "48 GB": 49_140, "80 GB": 81_559, "141 GB": 143_771}
@@ -32,23 +35,18 @@ GB = 1e9
 
 
 def model_config(path: str):
-    """The shape of a model: its config, local, from the hub, or one of `common.SHAPES`."""
-    from transformers import AutoConfig, Qwen2Config
-
-    if path in common.SHAPES:
-        return Qwen2Config(**common.SHAPES[path])
+    """The shape of a model: its config, local, from the hub, or one of `SHAPES`."""
+    if path in SHAPES:
+        return Qwen2Config(**SHAPES[path])
     try:
-        return AutoConfig.from_pretrained(common.local_path(path))
+        return AutoConfig.from_pretrained(local_path(path))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        remedy = f"give a local folder or one of {', '.join(common.SHAPES)}"
-        raise common.UserError(f"--model {path}: no config.json ({reason}); {remedy}") from None
+        remedy = f"give a local folder or one of {', '.join(SHAPES)}"
+        raise UserError(f"--model {path}: no config.json ({reason}); {remedy}") from None
 
 
 def count_parameters(shape) -> int:
-    import torch
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(shape).num_parameters()
 
@@ -62,7 +60,7 @@ def cache_bytes(shape, size, tokens):
 def parts(config) -> dict:
     """Part -> bytes on the device."""
     shape = model_config(config.model)
-    size = common.dtype_of(config).itemsize
+    size = dtype_of(config).itemsize
     parameters = count_parameters(shape)
     weights = size * parameters
     layers, width = shape.num_hidden_layers, shape.hidden_size
@@ -131,7 +129,3 @@ def advice(p: dict, room: float) -> str:
             if fits(chosen):
                 return "with " + ", ".join(chosen)
     return "too small: more GPUs (torchrun), or a smaller --model"
-
-
-if __name__ == "__main__":
-    common.run_script(lambda: print(table(common.parse_config("memory", __doc__.split("\n")[0]))))

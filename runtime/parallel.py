@@ -72,6 +72,24 @@ def gather(values: list) -> list:
     return [value for part in lists for value in part]
 
 
+def divided(model, parts: list, work) -> list:
+    """work(parts) of this process's share, with the whole weights -> what all made, in order."""
+    own = share(parts)
+    with whole(model):
+        results = work(own) if own else []
+    return gather(results)
+
+
+def own_seed(seed: int) -> int:
+    """Another one on each rank: what they sample must differ."""
+    return seed + 100 * rank()
+
+
+def backward(loss):
+    """loss.backward() of what is the sum over the ranks, of which FSDP takes the mean."""
+    (loss * world()).backward()
+
+
 def total(values: dict) -> dict:
     """Name -> sum over the ranks."""
     parts = gather([values])

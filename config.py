@@ -1,0 +1,227 @@
+"""Every number of a run: the flags with their meaning, the presets with their reasons.
+
+    python warmup.py --help                    # this file, as flags
+    python warmup.py --preset alfworld-7b      # a preset, which any flag overrides
+
+Also what every other file may need and that belongs to none: `UserError` and reading and writing
+small files. Nothing of this project is imported here.
+"""
+
+import difflib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def flag(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Defaults are the 7B numbers of the GiGPO paper and code; a preset, then a flag, overrides."""
+
+    preset: str = flag("tiny", "defaults to start from: tiny, {alfworld,webshop}-{7b,1.5b}")
+    run: str = flag("tiny", "name of the run; everything is written under runs/<run>/")
+    seed: int = flag(0, "seed of tasks, sampling and shuffling")
+    # the world
+    env: str = flag("alfworld", "the world: alfworld or webshop")
+    engine: str = flag("fast", "fast: plain Python; textworld: the stock package (50 ms a step)")
+    data: str = flag("", "data folder; empty: $ALFWORLD_DATA (~/.cache/alfworld) or $WEBSHOP_DATA")
+    split: str = flag("train", "split the tasks are drawn from")
+    human_goals: bool = flag(False, "WebShop: goals written by people instead of synthetic ones")
+    split_rule: str = flag("product", "WebShop: product (none in both splits) or verl (first 500)")
+    max_steps: int = flag(50, "an episode ends, unsolved, after this many steps")
+    history: int = flag(2, "how many past (observation, action) pairs the prompt repeats")
+    # the policy
+    model: str = flag("Qwen/Qwen2.5-7B-Instruct", "initial policy: a folder or a hub name")
+    dtype: str = flag("bfloat16", "dtype of the weights: float32 or bfloat16")
+    device: str = flag("", "cuda or cpu; empty: cuda when there is one")
+    gradient_checkpointing: bool = flag(True, "recompute activations in backward to save memory")
+    # rollout
+    tasks: int = flag(16, "tasks (groups) per iteration")
+    group_size: int = flag(8, "episodes per task")
+    temperature: float = flag(1.0, "sampling temperature of training rollouts")
+    max_prompt_tokens: int = flag(3072, "longest prompt; history is dropped to fit, then an error")
+    max_response_tokens: int = flag(512, "longest response")
+    generation_rows: int = flag(128, "rows decoded together")
+    # credit: GiGPO
+    success_reward: float = flag(10.0, "reward of the step that solves the task; others get 0")
+    invalid_penalty: float = flag(0.1, "taken off the row of a malformed response")
+    gamma: float = flag(0.95, "discount of the step returns")
+    step_weight: float = flag(1.0, "weight of the step advantage; 0 is GRPO")
+    normalize_std: bool = flag(True, "divide advantages by the standard deviation")
+    baseline: str = flag("steps", "mean and std over steps (verl-agent) or episodes (GiGPO Eq. 3)")
+    # objective and optimizer
+    clip: float = flag(0.2, "PPO clip range of the ratio")
+    dual_clip: float = flag(3.0, "bound of the loss where the advantage is negative")
+    kl_coef: float = flag(0.01, "beta of the k3 KL to the initial policy; 0: it is never loaded")
+    entropy_coef: float = flag(0.001, "weight of the entropy bonus")
+    lr: float = flag(1e-6, "AdamW learning rate, constant")
+    beta2: float = flag(0.95, "AdamW's second decay; bfloat16 moments get stuck above 0.99")
+    weight_decay: float = flag(0.01, "AdamW weight decay")
+    grad_clip: float = flag(1.0, "largest norm of the gradient")
+    minibatch_rows: int = flag(256, "rows per optimizer step")
+    micro_tokens: int = flag(16384, "tokens per forward-backward; lower it when memory runs out")
+    recompute_old: bool = flag(
+        True, "old log-probs by the training forward; false: the sampler's, the same in float32"
+    )
+    ref_offload: bool = flag(False, "keep the reference on the CPU between its passes")
+    skip_zero_rows: bool = flag(True, "leave out rows with advantage 0, which only carry KL")
+    # phase 0
+    n_req: int = flag(512, "N_req: successful plain episodes to collect before mining starts")
+    warmup_iterations: int = flag(40, "phase 0 ends after this many iterations even below n_req")
+    # phase 1
+    mine_iterations: int = flag(40, "iterations of phase 1")
+    mine_every: int = flag(5, "I_mine: iterations between two rounds of mining")
+    mine_episodes: int = flag(12, "successful episodes summarized in one round")
+    mine_obs_chars: int = flag(200, "observations in the summary prompt are cut to this length")
+    top_k: int = flag(3, "skills in a prompt, at most; at most one of them a candidate")
+    ema: float = flag(0.3, "alpha of u <- (1 - alpha) u + alpha Delta_g")
+    n_eval: int = flag(4, "N_eval: evaluations before a skill is promoted or retired")
+    active_above: float = flag(0.05, "a candidate with a utility above this becomes active")
+    # phase 2
+    distill_iterations: int = flag(85, "iterations of phase 2")
+    lambda_max: float = flag(0.1, "largest weight of the internalization loss; 0 switches it off")
+    lambda_iterations: int = flag(10, "iterations over which lambda rises linearly to lambda_max")
+    advantage_clip: float = flag(1.0, "c: internalization weights are clipped to [0, c]")
+    # housekeeping
+    save_every: int = flag(5, "iterations between saves; a stopped phase goes on from the last")
+    dry_run: bool = flag(False, "print the memory that the run needs, part by part, and stop")
+    samples: int = flag(2, "episodes written out readably in each iteration")
+
+
+# --------------------------------------------------------------------------------------------------
+# Presets: what differs from the defaults above
+# --------------------------------------------------------------------------------------------------
+
+SMALL_MODEL = {"model": "Qwen/Qwen2.5-1.5B-Instruct"}  # trained with the 7B's numbers, as in GiGPO
+WEBSHOP = {  # GiGPO's WebShop script, where it differs from its ALFWorld script
+    "env": "webshop",
+    "max_steps": 15,  # search, pages, options, purchase: 5 to 10 actions
+    "max_prompt_tokens": 6144,  # 4,096 there; a page of ten products, and room for the skills
+    "minibatch_rows": 64,  # short episodes make few rows: 11 to 23 optimizer steps an iteration
+    "normalize_std": False,  # the mean alone, so advantages keep the reward's scale of 10
+}
+TINY = {  # the embedded default: 0.7M parameters, an iteration of 128 episodes in 18 s on 2 cores
+    "dtype": "float32",  # it is small, and exact
+    "gradient_checkpointing": False,  # its activations fit anywhere
+    "max_prompt_tokens": 1024,  # prompts of the generated worlds have about 230 tokens
+    "max_response_tokens": 64,  # a thought of six words, an action; a skill has at most 50 tokens
+    "lr": 3e-4,  # a small network moves in large steps; above 5e-4 phase 2 undid phase 1
+    "kl_coef": 0.003,  # at 0.01 the success of the plain prompt stopped at 0.6
+    "micro_tokens": 2048,  # fits the caches of a CPU
+    "recompute_old": False,  # equal in float32, and a quarter of the update
+    "beta2": 0.999,  # float32 moments do not get stuck
+    "ema": 0.2,  # slower than 0.3: with 4 against 4 episodes Delta_g is mostly noise
+    "n_req": 220,  # leaves phases 1 and 2 something to learn
+    "warmup_iterations": 8,
+    "mine_iterations": 4,
+    "mine_every": 2,
+    "mine_episodes": 6,  # one of each task type
+    "mine_obs_chars": 60,  # what its lessons in summarizing showed
+    "distill_iterations": 26,
+    "lambda_iterations": 4,
+}
+PRESETS = {
+    "alfworld-7b": {"run": "alfworld-7b"},
+    "alfworld-1.5b": {"run": "alfworld-1.5b"} | SMALL_MODEL,
+    "webshop-7b": {"run": "webshop-7b"} | WEBSHOP,
+    "webshop-1.5b": {"run": "webshop-1.5b"} | SMALL_MODEL | WEBSHOP,
+    "tiny": TINY
+    | {
+        "model": "tiny",
+        "data": "runs/tiny-games",
+        "max_steps": 14,  # twice the length of a solution
+    },
+    "tiny-webshop": TINY  # also what `--preset tiny --env webshop` means
+    | {
+        "run": "tiny-webshop",
+        "env": "webshop",
+        "model": "tiny-webshop",
+        "data": "runs/tiny-shop",
+        "max_steps": 8,  # search, open, two options, buy, and three to spare
+        "history": 1,  # pages are long for a small policy
+        "lr": 1e-4,  # shopping is learned so fast that warm-up alone would leave nothing to do
+        "n_req": 80,
+        "mine_iterations": 3,
+    },
+}
+SAME = (  # must be alike in all phases of a run
+    "preset", "env", "engine", "data", "human_goals", "split_rule", "model", "seed", "history",
+)  # fmt: skip
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: scripts print its one line, with the remedy, and exit with 2."""
+
+
+def parse_config(phase: str, doc: str, extra=None):
+    """Flags -> Config, or (Config, extra dataclass).
+
+    Precedence: flag, the run's config.json (for the phases after warmup), preset, default.
+    UserError for an unknown flag or preset, or a value of SAME that the run was not made with.
+    """
+    from transformers import HfArgumentParser  # here: the worlds read this file without it
+
+    parser = HfArgumentParser([Config, extra] if extra else [Config], description=doc.split("\n")[0])
+    refuse_unknown_flags(parser)
+    first, _ = parser.parse_known_args()
+    if first.preset not in PRESETS:
+        raise UserError(f"--preset {first.preset}: choose one of {', '.join(PRESETS)}")
+    shop = (first.preset, first.env) == ("tiny", "webshop")
+    parser.set_defaults(**PRESETS["tiny-webshop" if shop else first.preset])
+    run = Path("runs") / parser.parse_known_args()[0].run
+    saved = {}
+    if phase != "warmup" and (run / "config.json").exists():
+        saved = json.loads((run / "config.json").read_text())
+        parser.set_defaults(**saved)
+    config, *rest = parser.parse_args_into_dataclasses()
+    for name in SAME if saved else ():
+        if saved[name] != getattr(config, name):
+            raise other_config(run, name, saved[name], getattr(config, name))
+    return (config, *rest) if extra else config
+
+
+def refuse_unknown_flags(parser):
+    known = {name for action in parser._actions for name in action.option_strings}
+    for word in sys.argv[1:]:
+        name = word.split("=")[0]
+        if name.startswith("--") and name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else "see --help"
+            raise UserError(f"unknown flag {name}: {hint}")
+
+
+def other_config(folder, name, old, new) -> UserError:
+    remedy = "repeat that value, choose another --run, or delete the folder"
+    return UserError(f"{folder} was made with --{name} {old}, not {new}; {remedy}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Small files
+# --------------------------------------------------------------------------------------------------
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        remedy = "delete it or download the data again"
+        raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from None
+
+
+def read_jsonl(path) -> list:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def write_atomically(path, text):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)

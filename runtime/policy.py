@@ -1,0 +1,131 @@
+"""Loading a policy, its frozen reference and its optimizer."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import optimi
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import logging as transformers_logging
+
+from config import Config, UserError
+from runtime import parallel
+from runtime.generation import FAMILIES
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+SHAPES = {  # Qwen2.5 with random weights, to measure without a download
+    "qwen2.5-7b-shape": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+    "qwen2.5-1.5b-shape": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+}
+SHIPPED = {"tiny": "tiny/policy", "tiny-webshop": "tiny/policy_webshop"}  # folders of this project
+
+
+@dataclass
+class Policy:
+    """What rollout and update need."""
+
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerFast
+    reference: torch.nn.Module | None = None  # frozen; None without a KL term
+    optimizer: torch.optim.Optimizer | None = None
+
+
+def local_path(path) -> Path | str:
+    """"tiny" and "tiny-webshop" are folders of this project; anything else stays as it is."""
+    name = str(path)
+    return Path(__file__).resolve().parent.parent / SHIPPED[name] if name in SHIPPED else path
+
+
+def dtype_of(config) -> torch.dtype:
+    try:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    except KeyError:
+        raise UserError(f"--dtype {config.dtype}: choose float32 or bfloat16") from None
+
+
+def load_policy(path, config: Config, device, trainable=True):
+    """Hub name, folder or name of `SHAPES` -> (model, tokenizer)."""
+    path = local_path(path)
+    known = Path(path).exists() or path in SHAPES
+    if not known and (str(path).count("/") != 1 or str(path).startswith((".", "/", "runs/"))):
+        raise UserError(
+            f"{path}: no such model folder; give --model a folder in HF format or a hub name"
+        )
+    dtype = dtype_of(config)
+    try:
+        # tokenizer.json as it is: AutoTokenizer would put Qwen2's own pre-tokenizer in its place
+        words = local_path("tiny") if path in SHAPES else path
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(words)
+        if path in SHAPES:
+            shape = Qwen2Config(**SHAPES[path], eos_token_id=tokenizer.eos_token_id)
+            with torch.device(device):
+                model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"--model {path}: cannot be loaded ({reason}); give a local folder or a hub name"
+        ) from None
+    if (family := model.config.model_type) not in FAMILIES:
+        raise UserError(
+            f"--model {path} is a {family}; runtime/generation.py reads {', '.join(FAMILIES)}"
+        )
+    model.requires_grad_(trainable)
+    if trainable and config.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.23
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    parallel.shard(model)
+    return model.eval(), tokenizer  # no dropout in training either: ratios start at exactly 1
+
+
+def load_reference(config: Config, device):
+    """The frozen policy before phase 0, or None when its KL has no weight."""
+    if not config.kl_coef:
+        return None
+    device = "cpu" if config.ref_offload else device
+    return load_policy(config.model, config, device, trainable=False)[0]
+
+
+def make_optimizer(model, config: Config, state=None):
+    """AdamW; it goes on from `state`, through the phases too.
+
+    A bfloat16 weight has 8 significant bits: at lr 1e-6 plain AdamW moves 2% of the weights, the
+    rest of its steps is rounded away. optimi's AdamW keeps what each weight lost in a buffer (Kahan
+    summation) and adds it once it counts. Float32 weights need and get no buffer.
+    """
+    decay = config.weight_decay
+    optimizer = optimi.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=1e-8, weight_decay=decay
+    )
+    if state:
+        parameters = list(model.parameters())
+        parts = {
+            i: {name: parallel.split_like(x, parameters[i]) for name, x in part.items()}
+            for i, part in state["state"].items()
+        }
+        optimizer.load_state_dict({**state, "state": parts})
+        for group in optimizer.param_groups:  # but with the flags of this phase
+            group.update(lr=config.lr, weight_decay=decay)
+    return optimizer

@@ -1,0 +1,246 @@
+"""A run: how a phase starts, where it goes on, its folder and its log.
+
+| runs/<name>/     | holds                                                                       |
+|------------------|-----------------------------------------------------------------------------|
+| config.json      | the flags of phase 0, which the later phases take as their defaults         |
+| metrics.jsonl    | a line for each iteration of each phase                                     |
+| episodes.jsonl   | readable transcripts, a few of each iteration                               |
+| warmup/ mine/    | a phase's last save: model/ in Hugging Face format, state.pt, config.json,  |
+| distill/         | and skills.jsonl, every skill with its life                                 |
+"""
+
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import envs
+from config import PRESETS, UserError, other_config, read_jsonl, write_atomically
+from runtime import memory, parallel
+from runtime.policy import Policy, dtype_of, load_policy, load_reference, make_optimizer
+
+
+def set_up(config) -> torch.device:
+    """Seed everything, make the embedded games or products where they are meant -> the device."""
+    if config.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            print(memory.table(config))
+        sys.exit()
+    dtype_of(config)  # a wrong one ends here, before anything is made
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: this machine has no CUDA device; use --device cpu")
+    device = parallel.start(device)
+    if parallel.world() > config.tasks:
+        raise UserError(
+            f"{parallel.world()} processes share --tasks {config.tasks}: start fewer, or raise it"
+        )
+    if config.ref_offload and parallel.world() > 1:
+        raise UserError("--ref_offload is for one GPU; several split the reference among them")
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    if parallel.rank() == 0:
+        write_embedded_data(config.data)
+    parallel.wait()
+    return device
+
+
+def write_embedded_data(folder):
+    """Make the games or the products of the tiny presets, if `folder` is theirs."""
+    from tiny import household, shop  # here: real data need neither
+
+    if folder == PRESETS["tiny"]["data"]:
+        household.write_games(Path(folder))
+    elif folder == PRESETS["tiny-webshop"]["data"]:
+        shop.write_catalogue(Path(folder))
+
+
+def run_script(main):
+    """Run a script's main; a UserError becomes one line and exit code 2, Ctrl-C one and 130."""
+    try:
+        main()
+        parallel.stop()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        remedy = "lower --micro_tokens (update) or --generation_rows (rollout); --dry_run explains"
+        print(f"error: out of memory ({str(error).splitlines()[0]}); {remedy}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last save", file=sys.stderr)
+        sys.exit(130)
+
+
+def load_state(folder) -> dict:
+    """state.pt of a phase; the optimizer's part stays in the file until it is used."""
+    return torch.load(folder / "state.pt", weights_only=False, mmap=True)
+
+
+def list_items(config, split) -> list:
+    """Every item of a split of the config's world."""
+    return envs.list_items(config.env, split, config.data, **goal_rules(config))
+
+
+def goal_rules(config) -> dict:
+    return {"human_goals": config.human_goals, "split_rule": config.split_rule}
+
+
+class Run:
+    """One phase of a run: its tasks, the save it starts from, what it writes.
+
+        run = Run(config, "mine")
+        policy, state = run.start(after="warmup")
+        for k in run.iterations(config.mine_iterations):
+            ... run.draw_tasks(k) ... run.seed(k) ...
+            run.log(k, metrics, episodes, line)
+            run.save_when_due(policy, k, finished, bank, successes=successes)
+    """
+
+    def __init__(self, config, phase):
+        self.config = config
+        self.phase = phase
+        self.root = Path("runs") / config.run
+        self.folder = self.root / phase
+        self.device = set_up(config)
+        self.items = list_items(config, config.split)
+        self.clock = time.time()  # of the last line of the log
+
+    def start(self, after=None, **first) -> tuple:
+        """(policy, state): where this phase was saved last, else at the end of phase `after`, or
+        with the initial policy and the state `first`. `self.source` is the folder it came from.
+
+        UserError unless `after` has finished.
+        """
+        if after:
+            self.require_finished(after)
+        elif not self.folder.exists() and parallel.rank() == 0:
+            write_atomically(self.root / "config.json", json.dumps(asdict(self.config), indent=2))
+        state = self.resume()
+        self.resumed = state is not None
+        if state:
+            self.source = self.folder
+        elif after:
+            self.source = self.root / after
+            state = load_state(self.source) | {"iteration": 0, "finished": False}
+        else:
+            self.source = None
+            state = first | {"iteration": 0, "finished": False}
+        self.state = state
+        path = self.source / "model" if self.source else self.config.model
+        model, tokenizer = load_policy(path, self.config, self.device)
+        reference = load_reference(self.config, self.device)  # pi_ref, the same in all phases
+        optimizer = make_optimizer(model, self.config, state.pop("optimizer", None))
+        return Policy(model, tokenizer, reference, optimizer), state
+
+    def require_finished(self, after):
+        folder = self.root / after
+        command = f"`python {after}.py --run {self.config.run}`"
+        if not (folder / "model").exists():
+            raise UserError(f"{folder}/model is missing: run {command} first")
+        if not load_state(folder)["finished"]:
+            raise UserError(f"{folder} is not finished: {command} goes on with it")
+
+    def iterations(self, last) -> range:
+        """The iterations that are left to do, up to `last`."""
+        return range(0) if self.state["finished"] else range(self.state["iteration"] + 1, last + 1)
+
+    def draw_tasks(self, k) -> list:
+        """The items of iteration k, without repetition; a function of seed, phase and k."""
+        rng = random.Random(f"{self.config.seed} {self.phase} {k}")
+        return rng.sample(self.items, min(self.config.tasks, len(self.items)))
+
+    def seed(self, k) -> int:
+        """Of sampling and shuffling in iteration k."""
+        rng = random.Random(f"{self.config.seed} {self.phase} {k} sampling")
+        return rng.randrange(2**31)
+
+    def save_when_due(self, policy, iteration, finished, bank=None, **state):
+        if finished or iteration % self.config.save_every == 0:
+            self.save(policy, bank, iteration=iteration, finished=finished, **state)
+
+    def save(self, policy, bank=None, **state):
+        """Save the phase as one folder, swapped in whole: interrupted, the last good one stays."""
+        weights = parallel.join(policy.model.state_dict())
+        moments = parallel.join(policy.optimizer.state_dict())
+        if parallel.rank() > 0:
+            return
+        part = self.root / f"{self.phase}.part"
+        old = self.root / f"{self.phase}.old"
+        shutil.rmtree(part, ignore_errors=True)
+        policy.model.save_pretrained(part / "model", state_dict=weights)
+        policy.tokenizer.save_pretrained(part / "model")
+        torch.save({"optimizer": moments, **state}, part / "state.pt")
+        write_atomically(part / "config.json", json.dumps(asdict(self.config), indent=2))
+        if bank:
+            bank.save(part / "skills.jsonl")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.folder.exists():
+            self.folder.rename(old)
+        part.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self):
+        """The saved state of this phase, or None. Drops what was logged after that save.
+
+        UserError if the phase was begun with another config.
+        """
+        old = self.root / f"{self.phase}.old"
+        # stopped between the two renames of `save`
+        if parallel.rank() == 0 and old.exists() and not self.folder.exists():
+            old.rename(self.folder)
+        parallel.wait()
+        state = None
+        if self.folder.exists():
+            saved = json.loads((self.folder / "config.json").read_text())
+            for name, value in asdict(self.config).items():
+                if saved.get(name) != value:
+                    raise other_config(self.folder, name, saved.get(name), value)
+            state = load_state(self.folder)
+        if parallel.rank() > 0:
+            return state
+        kept = state["iteration"] if state else 0
+        for path in (self.root / "metrics.jsonl", self.root / "episodes.jsonl"):
+            lines = read_jsonl(path) if path.exists() else []
+            lines = [x for x in lines if x["phase"] != self.phase or x["iteration"] <= kept]
+            write_atomically(path, "".join(json.dumps(x) + "\n" for x in lines))
+        return state
+
+    def log(self, iteration, metrics, episodes, line):
+        """One line of metrics, a few readable episodes, one line on the screen."""
+        if parallel.rank() > 0:
+            return
+        now = time.time()
+        where = {"phase": self.phase, "iteration": iteration}
+        record = {**where, "seconds": round(now - self.clock, 2), **metrics}
+        self.clock = now
+        with open(self.root / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        count = min(self.config.samples, len(episodes))
+        with open(self.root / "episodes.jsonl", "a") as file:
+            for episode in random.Random(iteration).sample(episodes, count):
+                file.write(json.dumps(where | readable(episode)) + "\n")
+        tqdm.write(f"{self.phase} {iteration:>3}  {line}")
+
+
+def readable(episode) -> dict:
+    """A transcript for episodes.jsonl."""
+    return {
+        "item": episode.item,
+        "task": episode.task,
+        "success": episode.success,
+        "skills": [f"when {s.condition}: {s.strategy}" for s in episode.skills],
+        "steps": [
+            {"saw": s.obs, "said": s.response, "did": s.action, "reward": s.reward}
+            for s in episode.steps
+        ],
+    }

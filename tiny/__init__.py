@@ -1,0 +1,1 @@
+"""The embedded default: generated games and products, lessons, and the tiny policies they made."""

@@ -1,0 +1,505 @@
+"""ALFWorld as a plain-Python engine: game files, playing, the stock package beside it.
+
+    game = open_item(".../valid_seen/<task>/<trial>/game.tw-pddl")
+    obs = game.reset()                                   # Observation(text, task, task_type, ...)
+    obs, reward, done, info = game.step("go to desk 1")  # 1.0 and done at the goal
+
+An ALFWorld game is a small deterministic state machine written in PDDL. The stock package plays it
+through a planner library and a grammar interpreter, at 40-50 ms a step; this file plays the same
+machine with a few Python sets, in microseconds, so a batch of 128 games lives in one process. It
+reads the original `game.tw-pddl` files and equals stock on every observation, admissible action,
+reward and end: `python -m tools.compare_alfworld` certifies that on your data.
+`engine="textworld"` plays the stock package instead.
+
+Differences from stock, on purpose: the `-= Welcome to TextWorld =-` header is cut and `help` is not
+listed (it still works), as the agent code behind the published numbers does. Nothing in a
+downloaded file is ever evaluated.
+"""
+
+import hashlib
+import math
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from config import UserError, read_json
+from worlds import Observation
+
+# What every world tells `envs.py` about itself (see worlds/README.md).
+NAME = "text game ALFWorld"  # in the request for a skill
+ROLE = "You are an agent in a household, playing the text game ALFWorld."  # starts every prompt
+TASK_IN_FIRST_OBSERVATION = True  # so the first prompt does not repeat it
+FALLBACK_CHARS = 30  # of a response without an action, sent to the world
+LONGEST_PROMPT = math.inf  # characters; a longer prompt is written without history
+DATA = "~/.cache/alfworld"  # where alfworld-download puts the games
+EVAL_SPLIT = "valid_seen"  # what evaluate.py takes by default
+
+TASK_TYPES = {  # folder prefix -> the short name used in tables and as the bucket of a skill
+    "pick_and_place_simple": "pick",
+    "look_at_obj_in_light": "look",
+    "pick_clean_then_place_in_recep": "clean",
+    "pick_heat_then_place_in_recep": "heat",
+    "pick_cool_then_place_in_recep": "cool",
+    "pick_two_obj_and_place": "pick2",
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# ALFWorld: reading a game file
+# --------------------------------------------------------------------------------------------------
+
+# The engine below is the meaning of one PDDL domain and one text grammar. A file with any other is
+# refused, because we would play it wrongly. These are digests without comments, blanks and the task
+# line: the games of json_2.1.1, and the texts in the alfworld 0.4 package, which `tiny.py` uses.
+KNOWN_DOMAINS = {  # digest -> the receptacle types that clean, the only difference between the two
+    "19173ff725ce": {"sinktype", "sinkbasintype"},
+    "6cbbf3d0d19b": {"sinkbasintype"},
+}
+KNOWN_GRAMMARS = {"a1b429d0132e", "d1588fc1bc28"}
+KNOWN_GOALS = {  # digest of the goal's shape -> the kind of goal
+    "0ddbc16e60b2": "pick",
+    "406f49a22ea0": "look",
+    "df2001ea2dfd": "clean",
+    "94080f83b36a": "heat",
+    "d5037b14422d": "cool",
+    "2d91e4db65b9": "pick2",
+}
+
+
+def digest(text: str) -> str:
+    """Twelve hex digits of a text, blind to PDDL comments, white space and the task line."""
+    text = re.sub(r"(?m);.*$", "", text) if text.lstrip().startswith((";", "(")) else text
+    text = re.sub(r"Your task is to: [^\"]*", "", text)
+    return hashlib.sha256("".join(text.split()).encode()).hexdigest()[:12]
+
+
+@dataclass
+class Game:
+    """The unchanging part of a game, shared by the members of a group. Ids are in lower case."""
+
+    path: str
+    task: str
+    task_type: str
+    goal: tuple  # (short task type, object type, receptacle or lamp type)
+    name: dict  # id -> the name in the text, "mug 2"
+    otype: dict  # object id -> set of object types
+    rtype: dict  # receptacle id -> set of receptacle types
+    can_contain: set  # (receptacle type, object type)
+    appliances: list  # (verb, trait an object needs, receptacle types that do it)
+    traits: dict  # predicate ("pickupable", "openable", ...) -> set of ids
+    at: dict  # location -> sorted receptacles there
+    start: str  # the agent's first location
+    inside: dict  # receptacle -> objects in it at the start
+    lying: dict  # location -> objects recorded there at the start
+    held_inside: dict  # receptacle object (a bowl) -> objects inside it
+    help_text: str
+    walkthrough: list
+    goto: dict = field(
+        default_factory=dict
+    )  # location -> {command: action} for every receptacle elsewhere
+
+
+@lru_cache(maxsize=1024)
+def load_game(path: str) -> Game:
+    """Read one `game.tw-pddl`. UserError for a corrupt, unsolvable or unknown kind of game."""
+    return parse_game(read_json(path), path)
+
+
+def parse_game(data: dict, path: str) -> Game:
+    """The content of a `game.tw-pddl` -> Game. The folder in `path` gives the task type."""
+    try:
+        domain, grammar, problem = data["pddl_domain"], data["grammar"], data["pddl_problem"]
+        task = re.search(r"Your task is to: ([^\"]*?)\.?\"", grammar).group(1)
+        init, goal_text = re.split(r"\(:goal", problem.split("(:init")[1])
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError):
+        raise UserError(
+            f"{path}: corrupt game file; delete it or download the data again"
+        ) from None
+    if not data.get("solvable", True):
+        raise UserError(f"{path}: marked unsolvable; remove it from the split")
+    task_type = task_type_of(path)
+    if task_type == "unknown":
+        raise UserError(
+            f"{path}: its folder must be <task type>-.../<trial>/ with one of {list(TASK_TYPES)}"
+        )
+    kind = KNOWN_GOALS.get(digest(re.sub(r"\b\w+Type\)", "T)", "(" + goal_text)))
+    if digest(domain) not in KNOWN_DOMAINS or digest(grammar) not in KNOWN_GRAMMARS or kind is None:
+        raise UserError(
+            f"{path}: a domain, grammar or goal unknown to the fast engine; use --engine textworld"
+        )
+
+    facts = defaultdict(set)
+    for predicate, args in re.findall(r"\((\w+) ([^()]+)\)", init):
+        facts[predicate].add(tuple(args.lower().split()))
+    start = {loc for _, loc in facts["atLocation"]}
+    if len(start) != 1:
+        raise UserError(
+            f"{path}: corrupt game file, the agent is nowhere; delete it or download it again"
+        )
+
+    def multimap(pairs):  # {(a, b), ...} -> {a: {b, ...}}
+        result = defaultdict(set)
+        for a, b in pairs:
+            result[a].add(b)
+        return result
+
+    target = [t.lower() for t in re.findall(r"objectType \?\w+ (\w+)", goal_text)]
+    place = [t.lower() for t in re.findall(r"receptacleType \?\w+ (\w+)", goal_text)]
+    located = sorted(facts["receptacleAtLocation"])
+    game = Game(
+        path=str(path),
+        task=task,
+        task_type=task_type,
+        goal=(kind, target[-1], target[0] if kind == "look" else place[0]),
+        name=readable_names({arg for args in facts.values() for fact in args for arg in fact}),
+        otype=multimap(facts["objectType"]),
+        rtype=multimap(facts["receptacleType"]),
+        can_contain=facts["canContain"],
+        appliances=[
+            ("clean", "cleanable", KNOWN_DOMAINS[digest(domain)]),
+            ("heat", "heatable", {"microwavetype"}),
+            ("cool", "coolable", {"fridgetype"}),
+        ],
+        traits={
+            trait: {fact[0] for fact in facts[trait]}
+            for trait in (
+                "pickupable openable opened cleanable heatable coolable toggleable sliceable "
+                "isClean isHot isCool isToggled isSliced isReceptacleObject"
+            ).split()
+        },
+        at={loc: [r for r, there in located if there == loc] for _, loc in located},
+        start=start.pop(),
+        inside=multimap((r, o) for o, r in facts["inReceptacle"]),
+        lying=multimap((loc, o) for o, loc in facts["objectAtLocation"]),
+        held_inside=multimap((outer, o) for o, outer in facts["inReceptacleObject"]),
+        help_text=re.search(
+            r"(Available commands:.*?)\"", grammar.replace("\\n", "\n"), re.S
+        ).group(1),
+        walkthrough=data.get("walkthrough") or [],
+    )
+    everywhere = {f"go to {game.name[r]}": ("go", loc, r) for r, loc in located}
+    for loc in {game.start, *game.at}:
+        game.goto[loc] = {text: action for text, action in everywhere.items() if action[1] != loc}
+    return game
+
+
+def readable_names(ids) -> dict:
+    """`mug_bar__plus_01...` -> "mug 2". Among the ids of a kind the first in sorted order gets the
+    highest number, as in alfworld's demangler. An id without `_bar_` gets a trailing blank."""
+    kinds = {
+        i: i.split("_bar_")[0] + ("basin" if "basin" in i else "") for i in ids if "_bar_" in i
+    }
+    count = Counter(kinds.values())
+    names = {i: i + " " for i in ids if i not in kinds}
+    for i in sorted(kinds):
+        names[i] = f"{kinds[i]} {count[kinds[i]]}"
+        count[kinds[i]] -= 1
+    return names
+
+
+# --------------------------------------------------------------------------------------------------
+# ALFWorld: playing
+# --------------------------------------------------------------------------------------------------
+
+
+class AlfWorld:
+    """One running game: `reset()` starts it, `step(action)` plays any string."""
+
+    def __init__(self, game: Game):
+        self.game = game
+
+    def reset(self) -> Observation:
+        game = self.game
+        self.location, self.held, self.won = game.start, None, False
+        self.inside = defaultdict(set, {r: set(objects) for r, objects in game.inside.items()})
+        self.lying = defaultdict(set, {loc: set(objects) for loc, objects in game.lying.items()})
+        self.removed = set()  # (object, receptacle): was taken from there and not put back
+        self.opened, self.toggled, self.sliced, self.clean, self.hot, self.cool = (
+            set(game.traits[t])
+            for t in ("opened", "isToggled", "isSliced", "isClean", "isHot", "isCool")
+        )
+        self.won = self.at_goal()
+        return self.observe(self.look(intro=True) + f"\n\nYour task is to: {game.task}.")
+
+    def step(self, action: str):
+        command = self.commands.get(action.strip())
+        text = self.apply(*command) if command else "Nothing happens."
+        if command:
+            self.won = self.at_goal()
+        return (
+            self.observe(text),
+            float(self.won),
+            self.won,
+            {"success": self.won, "score": float(self.won)},
+        )
+
+    def copy(self):
+        """An independent game in the same state (the parsed file is shared)."""
+        other = copy(self)
+        other.inside = defaultdict(set, {r: set(objects) for r, objects in self.inside.items()})
+        other.lying = defaultdict(set, {loc: set(objects) for loc, objects in self.lying.items()})
+        for name in ("removed", "opened", "toggled", "sliced", "clean", "hot", "cool"):
+            setattr(other, name, set(getattr(self, name)))
+        return other
+
+    def observe(self, text) -> Observation:
+        self.commands = self.find_commands()
+        listed = tuple(sorted(c for c in self.commands if c != "help"))
+        return Observation(text, self.game.task, self.game.task_type, listed)
+
+    def find_commands(self) -> dict:
+        """Applicable commands -> (verb, first id, second id): the preconditions of the actions."""
+        game, name, traits, held = self.game, self.game.name, self.game.traits, self.held
+        commands = dict(game.goto[self.location])
+        commands.update({c: (c, None, None) for c in ("inventory", "look", "help")})
+        for r in game.at.get(self.location, ()):
+            rtypes, reachable = game.rtype[r], r not in traits["openable"] or r in self.opened
+            commands[f"examine {name[r]}"] = ("examine receptacle", r, None)
+            if r in traits["openable"]:
+                verb = "close" if r in self.opened else "open"
+                commands[f"{verb} {name[r]}"] = (verb, r, None)
+            for o in self.inside[r]:
+                if held is None and reachable and o in traits["pickupable"]:
+                    commands[f"take {name[o]} from {name[r]}"] = ("take", o, r)
+                if o in traits["toggleable"]:
+                    commands[f"use {name[o]}"] = ("use", o, r)
+            if held is None:
+                continue
+            if reachable and any(
+                (rt, ot) in game.can_contain for rt in rtypes for ot in game.otype[held]
+            ):
+                commands[f"move {name[held]} to {name[r]}"] = ("move", held, r)
+            for verb, trait, appliance_types in game.appliances:
+                if held in traits[trait] and rtypes & appliance_types:
+                    commands[f"{verb} {name[held]} with {name[r]}"] = (verb, held, r)
+        if held is not None:
+            commands[f"examine {name[held]}"] = ("examine object", held, None)
+            if game.otype[held] & {"knifetype", "butterknifetype"}:
+                for o in self.lying[self.location] & traits["sliceable"]:
+                    commands[f"slice {name[o]} with {name[held]}"] = ("slice", o, held)
+        return commands
+
+    def apply(self, verb, a, b) -> str:
+        """The effects of one PDDL action, and the sentence the grammar gives it."""
+        name = self.game.name
+        if verb == "go":
+            self.location = a
+            return f"You arrive at {name[b]}. {self.describe(b)}"
+        if verb == "open":
+            self.opened.add(a)
+            return f"You open the {name[a]}. {self.describe(a)}"
+        if verb == "close":
+            self.opened.discard(a)
+            return f"You close the {name[a]}."
+        if verb == "take":
+            self.inside[b].discard(a)
+            self.lying[self.location].discard(a)
+            self.removed.add((a, b))
+            self.held = a
+            return f"You pick up the {name[a]} from the {name[b]}."
+        if verb == "move":
+            self.inside[b].add(a)
+            self.lying[self.location].add(a)
+            self.removed.discard((a, b))
+            self.held = None
+            return f"You move the {name[a]} to the {name[b]}."
+        if verb == "use":
+            self.toggled.add(a)
+            return f"You turn on the {name[a]}."
+        if verb == "slice":
+            self.sliced.add(a)
+            return f"You sliced the {name[a]} with the {name[b]}."
+        if verb in ("clean", "heat", "cool"):
+            if verb == "clean":
+                self.clean.add(a)
+            else:
+                gains, loses = (self.hot, self.cool) if verb == "heat" else (self.cool, self.hot)
+                gains.add(a)
+                loses.discard(a)
+            return f"You {verb} the {name[a]} using the {name[b]}."
+        if verb == "examine receptacle":
+            return self.describe(a)
+        if verb == "examine object":
+            return self.describe_held(a)
+        if verb == "inventory":
+            return (
+                f"You are carrying: a {name[self.held]}."
+                if self.held
+                else "You are not carrying anything."
+            )
+        return self.look() if verb == "look" else self.game.help_text
+
+    def describe(self, r) -> str:
+        """A receptacle: closed, or what is in it."""
+        name, content = self.game.name, listing(self.game.name[o] for o in sorted(self.inside[r]))
+        if r not in self.game.traits["openable"]:
+            return f"On the {name[r]}, you see {content}."
+        return (
+            f"The {name[r]} is open. In it, you see {content}."
+            if r in self.opened
+            else f"The {name[r]} is closed."
+        )
+
+    def describe_held(self, o) -> str:
+        name, traits = self.game.name, self.game.traits
+        clean, hot, cool, sliced = o in self.clean, o in self.hot, o in self.cool, o in self.sliced
+        if o in traits["isReceptacleObject"]:
+            content = listing(name[inner] for inner in sorted(self.game.held_inside[o]))
+            return f"This is a normal {name[o]}. In it, you see {content}."
+        if clean and (hot or cool):
+            words = "hot and clean" if hot else "cool and clean"
+        elif sliced and (clean or hot or cool):
+            words = "clean" if clean else "hot" if hot else "cool"
+        else:
+            words = "hot" if hot else "clean" if clean else "cold" if cool else ""
+        if words:
+            return f"This is a {words}{' sliced' if sliced else ''} {name[o]}."
+        if o in traits["toggleable"] and o in self.toggled:
+            return f"This {name[o]} is on."
+        return (
+            f"This is a sliced {name[o]}."
+            if sliced and o in traits["sliceable"]
+            else (f"There's nothing special about {name[o]}.")
+        )
+
+    def look(self, intro=False) -> str:
+        game, here = self.game, self.game.at.get(self.location, ())
+        if here:
+            floor = [
+                game.name[o]
+                for o in sorted(self.lying[self.location])
+                for r in here
+                if (o, r) in self.removed
+            ]
+            facing = listing((game.name[r] for r in here), article="")
+            return f"You are facing the {facing}. Next to it, you see {listing(floor)}."
+        # a quirk of the grammar: only the intro lists the room, a later `look` sees nothing
+        room = (
+            [game.name[r] for r, _ in sorted((r, loc) for loc, rs in game.at.items() for r in rs)]
+            if intro
+            else []
+        )
+        return (
+            f"You are in the middle of a room. Looking quickly around you, you see {listing(room)}."
+        )
+
+    def at_goal(self) -> bool:
+        game = self.game
+        kind, otype, place = game.goal
+        if kind == "look":  # hold the object where a switched-on lamp stands
+            lamps = {
+                o for r in game.at.get(self.location, ()) for o in self.inside[r]
+            } & self.toggled
+            lamps &= game.traits["toggleable"]
+            return (
+                self.held is not None
+                and otype in game.otype[self.held]
+                and any(place in game.otype[o] for o in lamps)
+            )
+        condition = {"clean": self.clean, "heat": self.hot, "cool": self.cool}.get(kind)
+        trait = game.traits.get(
+            {"clean": "cleanable", "heat": "heatable", "cool": "coolable"}.get(kind)
+        )
+        for r, objects in self.inside.items():
+            if place in game.rtype[r]:
+                good = [o for o in objects if otype in game.otype[o]]
+                good = (
+                    good
+                    if condition is None
+                    else [o for o in good if o in condition and o in trait]
+                )
+                if len(good) >= (2 if kind == "pick2" else 1):
+                    return True
+        return False
+
+
+def listing(names, article="a ") -> str:
+    """ "a mug 1, a plate 2, and a knife 1"; "nothing" when empty."""
+    names = [article + name for name in names]
+    if len(names) < 2:
+        return names[0] if names else "nothing"
+    return ", ".join(names[:-1]) + ", and " + names[-1]
+
+
+class TextWorldGame:
+    """The same game through the stock alfworld package, slow, the reference."""
+
+    def __init__(self, path: str):
+        import textworld
+        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+        from textworld.envs import PddlEnv
+
+        infos = textworld.EnvInfos(won=True, admissible_commands=True)
+        self.env = AlfredDemangler(PddlEnv(infos), shuffle=False)
+        self.env.load(str(path))
+        self.task_type = task_type_of(path)
+
+    def observe(self, state, text) -> Observation:
+        return Observation(
+            text,
+            self.task,
+            self.task_type,
+            tuple(c for c in state.admissible_commands if c != "help"),
+        )
+
+    def reset(self) -> Observation:
+        state = self.env.reset()
+        text = state.feedback.split("=-\n\n", 1)[1]
+        self.task = text.rsplit("Your task is to: ", 1)[1].rstrip(".")
+        return self.observe(state, text)
+
+    def step(self, action: str):
+        state, score, done = self.env.step(action)
+        return (
+            self.observe(state, state.feedback),
+            float(score),
+            done,
+            {"success": done, "score": float(score)},
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# What envs.py calls
+# --------------------------------------------------------------------------------------------------
+
+
+def open_item(item: str, engine: str = "fast"):
+    """One game by the path of its `game.tw-pddl`; engine: "fast", or "textworld", the stock one."""
+    if engine == "textworld":
+        return TextWorldGame(item)
+    if engine != "fast":
+        raise UserError(f"--engine {engine}: choose fast or textworld")
+    return AlfWorld(load_game(str(item)))
+
+
+def list_items(root, split, rules) -> list:
+    """The paths of a split's games; stock, too, leaves out movable receptacles and sliced objects."""
+    folder = Path(root) / "json_2.1.1" / split
+    if not folder.is_dir():
+        found = sorted(p.name for p in (Path(root) / "json_2.1.1").glob("*") if p.is_dir())
+        remedy = "run alfworld-download, or set ALFWORLD_DATA or --data"
+        remedy = f"choose one of {found}" if found else remedy
+        raise UserError(f"no data folder {folder} for --env alfworld, split {split}: {remedy}")
+    games = sorted(str(path) for path in folder.glob("*/*/game.tw-pddl"))
+    games = [path for path in games if "movable" not in path and "Sliced" not in path]
+    if not games:
+        remedy = "run alfworld-download again, or choose another split"
+        raise UserError(f"no game.tw-pddl in {folder}: {remedy}")
+    return games
+
+
+def identity(item, rules) -> tuple:
+    """What two splits must not share: the task and the trial, whatever the data folder."""
+    return Path(item).parts[-3:-1]
+
+
+def shown(text, task) -> str:
+    """An observation as a prompt shows it."""
+    return text
+
+
+def task_type_of(item) -> str:
+    """The short task type ("clean", "pick2", ...) of a game, from its folder name."""
+    return TASK_TYPES.get(Path(item).parent.parent.name.split("-")[0], "unknown")
