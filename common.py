@@ -23,7 +23,9 @@ from tqdm import tqdm
 import envs
 from config import Config, UserError, parse_config  # noqa: F401
 from runtime import parallel
+from runtime.batches import Row, collate, make_batches, micro_batches
 from runtime.generation import Cache, encode_prompts, generate
+from runtime.logprobs import token_logprobs
 from runtime.metrics import arms, rollout_metrics  # noqa: F401
 from runtime.policy import Policy  # noqa: F401
 from runtime.run import Run, run_script  # noqa: F401
@@ -200,9 +202,11 @@ class Episode:
     score: float = 0.0
 
 
-def plan_groups(items, config, *, members, skilled=0, bank=None, statuses=()) -> list:
+def plan_groups(
+    items, config, *, members, skilled=0, bank=None, statuses=(), training=True
+) -> list:
     """Items -> groups of `members` unplayed episodes; the first `skilled` of each carry the skills
-    that `bank` retrieves for it, if it has any.
+    that `bank` retrieves for it, if it has any of these statuses.
 
     An item is the same game in the same initial state for all, so that the two halves of a group
     differ in the skill block alone.
@@ -214,7 +218,8 @@ def plan_groups(items, config, *, members, skilled=0, bank=None, statuses=()) ->
         skills = ()
         if bank and skilled:
             obs = envs.make_env(config.env, item, config.engine).reset()
-            skills = tuple(bank.retrieve(obs.task, obs.task_type, config.top_k, statuses))
+            found = bank.retrieve(obs.task, obs.task_type, config.top_k, statuses, training)
+            skills = tuple(found)
         group = f"{number}:{item}"
         with_skills = [Episode(item, group, skills) for _ in range(skilled)]
         plain = [Episode(item, group) for _ in range(members - skilled)]
@@ -373,25 +378,6 @@ def episode_advantages(episodes, config) -> list:
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Row:
-    """A training row: an RL row trains its response, an internalization row its action tokens."""
-
-    prompt_ids: list
-    response_ids: list
-    advantage: float
-    rollout_logprobs: list
-    internalize: bool = False  # prompt_ids is x_t of a step of the skill arm; only L_int applies
-    delta: float = 0.0  # Delta_g
-    action_mask: list = field(default_factory=list)  # per response token
-    rank: int = 0  # of the process that trains it
-    old_logprobs: torch.Tensor | None = None  # filled by `update`, per response token
-    ref_logprobs: torch.Tensor | None = None
-
-    def __len__(self):
-        return len(self.prompt_ids) + len(self.response_ids)
-
-
 def rl_rows(episodes, advantages, config) -> list:
     """Every step under its own prompt; without the steps that have nothing to teach."""
     rows = [
@@ -421,72 +407,9 @@ def find_action_tokens(tokenizer, response_ids) -> list:
     return [begin < stop and end > max(start, begin) for begin, end in zip(begins, ends)]
 
 
-def collate(rows, pad_id, device) -> dict:
-    """Rows -> right-padded tensors [B, L] and per-row tensors [B]."""
-    shape = (len(rows), max(map(len, rows)))
-    batch = {
-        "ids": torch.full(shape, pad_id),
-        "response_mask": torch.zeros(shape, dtype=torch.bool),
-        "action_mask": torch.zeros(shape, dtype=torch.bool),
-        "old_logprobs": torch.zeros(shape),
-        "ref_logprobs": torch.zeros(shape),
-        "advantages": torch.tensor([row.advantage for row in rows]),
-        "delta": torch.tensor([row.delta for row in rows]),
-        "internalize": torch.tensor([row.internalize for row in rows]),
-    }
-    for i, row in enumerate(rows):
-        span = slice(len(row.prompt_ids), len(row))
-        batch["ids"][i, : len(row)] = torch.tensor(row.prompt_ids + row.response_ids)
-        batch["response_mask"][i, span] = True  # EOS included: the policy must learn to stop
-        if row.internalize:
-            batch["action_mask"][i, span] = torch.tensor(row.action_mask)
-        for name in ("old_logprobs", "ref_logprobs"):
-            if getattr(row, name) is not None:
-                batch[name][i, span] = getattr(row, name)
-    return {name: value.to(device) for name, value in batch.items()}
-
-
 # --------------------------------------------------------------------------------------------------
 # Update
 # --------------------------------------------------------------------------------------------------
-
-
-def token_logprobs(model, ids, response_mask, temperature=1.0):
-    """Log-probs of the response tokens, and entropies there -> two [B, L], 0 outside the mask.
-
-    logits[:, t] predict ids[:, t + 1], so the log-prob of token t comes from position t - 1. Only
-    positions that some row needs get logits: [B, K, V] with K much smaller than L.
-    """
-    at = response_mask.any(0).nonzero()[:, 0]  # [K] positions of response tokens
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=at - 1).logits  # [B, K, V]
-    log_p = (logits.float() / temperature).log_softmax(-1)
-    picked = log_p.gather(-1, ids[:, at, None])[..., 0]  # [B, K]
-    entropy = -(log_p.exp() * log_p).sum(-1)  # [B, K]
-    logprobs = log_p.new_zeros(ids.shape)  # [B, L]
-    entropies = log_p.new_zeros(ids.shape)  # [B, L]
-    logprobs[:, at] = picked
-    entropies[:, at] = entropy
-    return logprobs * response_mask, entropies * response_mask
-
-
-NOTHING = Row([0], [0], 0.0, [0.0], internalize=True, action_mask=[False])  # without any weight
-
-
-def micro_batches(rows, max_tokens) -> list:
-    """This process's rows sorted by length and cut so that rows x longest row <= `max_tokens`, or
-    one row.
-
-    All processes get equally many, since they pass the model together; NOTHING fills up.
-    """
-    lists = [[] for _ in range(parallel.world())]
-    for row in sorted(rows, key=len):
-        batches = lists[row.rank]
-        if not batches or (len(batches[-1]) + 1) * len(row) > max_tokens:
-            batches.append([])
-        batches[-1].append(row)
-    own = lists[parallel.rank()]
-    most = max(map(len, lists))
-    return own + [[NOTHING]] * (most - len(own))
 
 
 @torch.no_grad()
@@ -494,9 +417,11 @@ def score_rows(model, rows, name, config, pad_id):
     """Set row.<name> of this process's rows to the log-probs of the response under `model`, by the
     training forward.
     """
-    for batch in micro_batches(rows, 2 * config.micro_tokens):
+    for batch in micro_batches(rows, config.micro_tokens):
         t = collate(batch, pad_id, model.device)
-        logprobs, _ = token_logprobs(model, t["ids"], t["response_mask"], config.temperature)
+        logprobs, _ = token_logprobs(
+            model, t["ids"], t["response_mask"], config.temperature, entropy=False
+        )
         for row, values in zip(batch, logprobs.cpu()):
             setattr(row, name, values[len(row.prompt_ids) : len(row)].clone())
 
@@ -541,11 +466,15 @@ def objective(t, logprobs, entropies, rl_tokens, gated_tokens, config, lambda_) 
 
 
 def backward(model, rows, config, lambda_, pad_id) -> dict:
-    """Accumulate the gradient of the objective over one mini-batch of rows -> terms of the loss."""
+    """Accumulate the gradient of the objective over one mini-batch of rows -> terms of the loss.
+
+    Internalization rows of weight 0 count among the gated tokens, but need no forward pass.
+    """
     rl_tokens = sum(len(row.response_ids) for row in rows if not row.internalize)
     gated_tokens = sum(sum(row.action_mask) for row in rows if row.internalize and row.delta > 0)
+    weighted = [row for row in rows if not row.internalize or row.advantage > 0]
     logged = Counter()
-    for batch in micro_batches(rows, config.micro_tokens):
+    for batch in micro_batches(weighted, config.micro_tokens):
         t = collate(batch, pad_id, model.device)
         responses = t["response_mask"]
         logprobs, entropies = token_logprobs(model, t["ids"], responses, config.temperature)
@@ -564,40 +493,66 @@ def backward(model, rows, config, lambda_, pad_id) -> dict:
     return parallel.total(logged)
 
 
-def update(policy, rows, config, seed, *, lambda_=0.0) -> dict:
-    """One pass over the rows, an optimizer step per `minibatch_rows` -> metrics.
+def score(policy, rows, config):
+    """Fill in old_logprobs and ref_logprobs of the RL rows, before the policy moves."""
+    model = policy.model
+    pad_id = policy.tokenizer.pad_token_id or 0
+    for row in rows:
+        row.old_logprobs = torch.tensor(row.rollout_logprobs)
+    if config.recompute_old:
+        score_rows(model, rows, "old_logprobs", config, pad_id)
+    if policy.reference is not None:
+        policy.reference.to(model.device)  # from the host with --ref_offload, else it is there
+        score_rows(policy.reference, rows, "ref_logprobs", config, pad_id)
+        if config.ref_offload:
+            policy.reference.to("cpu")
 
-    RL and internalization rows are shuffled together, so both act in every step. Old log-probs are
-    recomputed with the training forward, so ratios start at 1, or taken from the sampler
-    (--recompute_old false); how far the two are apart is logged as `logprob_gap`.
+
+def compare_gradients(model, batch, config, lambda_, pad_id) -> dict:
+    """Norms of the gradients of L_GiGPO + beta L_KL and of lambda L_int on a mini-batch, and their
+    cosine. Leaves no gradient behind.
+    """
+    gradients = []
+    for kind in (False, True):
+        backward(model, [row for row in batch if row.internalize == kind], config, lambda_, pad_id)
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        model.zero_grad(set_to_none=True)
+    products = {}
+    for name, i, j in (("rl", 0, 0), ("internalization", 1, 1), ("both", 0, 1)):
+        pairs = zip(gradients[i], gradients[j])
+        products[name] = sum(float(parallel.join((a.float() * b.float()).sum())) for a, b in pairs)
+    norm_rl = products["rl"] ** 0.5
+    norm_internalization = products["internalization"] ** 0.5
+    cosine = products["both"] / max(1e-20, norm_rl * norm_internalization)
+    return {
+        "grad_norm_rl": norm_rl,
+        "grad_norm_internalization": norm_internalization,
+        "grad_cosine": cosine,
+    }
+
+
+def update(policy, rows, config, seed, *, lambda_=0.0) -> dict:
+    """One pass over the rows, an optimizer step per `minibatch_rows` RL rows -> metrics.
+
+    Old log-probs are recomputed with the training forward, so ratios start at 1, or taken from the
+    sampler (--recompute_old false); how far the two are apart is logged as `logprob_gap`.
     """
     if not rows:
         return {"rows": 0, "internalization_rows": 0, "optimizer_steps": 0}
     model = policy.model
     pad_id = policy.tokenizer.pad_token_id or 0
     start = time.time()
-    rows = random.Random(seed).sample(rows, len(rows))
-    steps = max(1, round(len(rows) / config.minibatch_rows))
-    batches = [rows[n * len(rows) // steps : (n + 1) * len(rows) // steps] for n in range(steps)]
-    for batch in batches:
-        for i, row in enumerate(sorted(batch, key=len)):
-            row.rank = i % parallel.world()
+    batches = make_batches(rows, config, seed)
+    rl = [row for row in rows if not row.internalize]
+    score(policy, rl, config)
 
-    trained = [row for row in rows if not row.internalize]
-    for row in trained:
-        row.old_logprobs = torch.tensor(row.rollout_logprobs)
-    if config.recompute_old:
-        score_rows(model, trained, "old_logprobs", config, pad_id)
-    if policy.reference is not None:
-        policy.reference.to(model.device)  # from the CPU with --ref_offload, else it is there
-        score_rows(policy.reference, trained, "ref_logprobs", config, pad_id)
-        if config.ref_offload:
-            policy.reference.to("cpu")
-
+    model.train()  # gradient checkpointing works in train mode only; these models have no dropout
+    extra = {}
+    if config.compare_gradients and lambda_ and len(rl) < len(rows):
+        extra = compare_gradients(model, batches[0], config, lambda_, pad_id)
     logs = []
     quiet = parallel.rank() > 0
     bar = tqdm(total=len(rows), desc="update", unit="row", leave=False, disable=quiet)
-    model.train()  # gradient checkpointing works in train mode only; these models have no dropout
     for batch in batches:
         log = backward(model, batch, config, lambda_, pad_id)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -610,13 +565,14 @@ def update(policy, rows, config, seed, *, lambda_=0.0) -> dict:
     bar.close()
     gap = logs[0]["log_ratio"]  # of the first step, before the policy has moved
     if config.recompute_old:
-        own = [row for row in trained if row.rank == parallel.rank()]
+        own = [row for row in rl if row.rank == parallel.rank()]
         gaps = [(row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs() for row in own]
         gap = torch.cat(gaps).mean().item() if gaps else 0.0
-    return {name: float(np.mean([log[name] for log in logs])) for name in logs[0]} | {
-        "rows": len(trained),
-        "internalization_rows": len(rows) - len(trained),
-        "optimizer_steps": steps,
+    means = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
+    return means | extra | {
+        "rows": len(rl),
+        "internalization_rows": len(rows) - len(rl),
+        "optimizer_steps": len(batches),
         "logprob_gap": gap,
         "update_tokens_per_s": sum(map(len, rows)) / (time.time() - start),
     }

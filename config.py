@@ -40,6 +40,7 @@ class Config:
     dtype: str = flag("bfloat16", "dtype of the weights: float32 or bfloat16")
     device: str = flag("", "cuda or cpu; empty: cuda when there is one")
     gradient_checkpointing: bool = flag(True, "recompute activations in backward to save memory")
+    fork: str = flag("", "mine.py: start from the warm-up of this other run")
     # rollout
     tasks: int = flag(16, "tasks (groups) per iteration")
     group_size: int = flag(8, "episodes per task")
@@ -68,17 +69,27 @@ class Config:
     recompute_old: bool = flag(
         True, "old log-probs by the training forward; false: the sampler's, the same in float32"
     )
-    ref_offload: bool = flag(False, "keep the reference on the CPU between its passes")
+    ref_offload: bool = flag(False, "keep the reference in host memory between its passes")
+    optimizer_offload: bool = flag(
+        False, "keep the optimizer's state in host memory, on the card one parameter at a time"
+    )
     skip_zero_rows: bool = flag(True, "leave out rows with advantage 0, which only carry KL")
     # phase 0
     n_req: int = flag(512, "N_req: successful plain episodes to collect before mining starts")
     warmup_iterations: int = flag(40, "phase 0 ends after this many iterations even below n_req")
+    # phases 1 and 2
+    skill_share: float = flag(
+        0.5, "share of each group that carries skills; 0: GiGPO goes on from the same warm-up"
+    )
     # phase 1
     mine_iterations: int = flag(40, "iterations of phase 1")
     mine_every: int = flag(5, "I_mine: iterations between two rounds of mining")
     mine_episodes: int = flag(12, "successful episodes summarized in one round")
     mine_obs_chars: int = flag(200, "observations in the summary prompt are cut to this length")
     top_k: int = flag(3, "skills in a prompt, at most; at most one of them a candidate")
+    candidate_alone: bool = flag(
+        True, "a candidate has the prompt to itself, so Delta_g is its own; false: beside others"
+    )
     ema: float = flag(0.3, "alpha of u <- (1 - alpha) u + alpha Delta_g")
     n_eval: int = flag(4, "N_eval: evaluations before a skill is promoted or retired")
     active_above: float = flag(0.05, "a candidate with a utility above this becomes active")
@@ -91,6 +102,9 @@ class Config:
     save_every: int = flag(5, "iterations between saves; a stopped phase goes on from the last")
     dry_run: bool = flag(False, "print the memory that the run needs, part by part, and stop")
     samples: int = flag(2, "episodes written out readably in each iteration")
+    compare_gradients: bool = flag(
+        False, "log norms and cosine of the gradients of L_int and of the rest, once an iteration"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,8 +164,51 @@ PRESETS = {
     },
 }
 SAME = (  # must be alike in all phases of a run
-    "preset", "env", "engine", "data", "human_goals", "split_rule", "model", "seed", "history",
-)  # fmt: skip
+    "preset",
+    "env",
+    "engine",
+    "data",
+    "human_goals",
+    "split_rule",
+    "model",
+    "seed",
+    "history",
+)
+FREE = (  # may change when a phase is resumed: they change no result, or only extend it
+    "run",
+    "device",
+    "micro_tokens",
+    "generation_rows",
+    "gradient_checkpointing",
+    "ref_offload",
+    "optimizer_offload",
+    "max_prompt_tokens",
+    "save_every",
+    "samples",
+    "compare_gradients",
+    "dry_run",
+    "n_req",
+    "warmup_iterations",
+    "mine_iterations",
+    "distill_iterations",
+)
+AT_LEAST_ONE = (
+    "max_steps",
+    "tasks",
+    "group_size",
+    "max_prompt_tokens",
+    "max_response_tokens",
+    "generation_rows",
+    "minibatch_rows",
+    "micro_tokens",
+    "warmup_iterations",
+    "mine_iterations",
+    "mine_every",
+    "top_k",
+    "distill_iterations",
+    "lambda_iterations",
+    "save_every",
+)
 
 
 class UserError(ValueError):
@@ -161,38 +218,70 @@ class UserError(ValueError):
 def parse_config(phase: str, doc: str, extra=None):
     """Flags -> Config, or (Config, extra dataclass).
 
-    Precedence: flag, the run's config.json (for the phases after warmup), preset, default.
-    UserError for an unknown flag or preset, or a value of SAME that the run was not made with.
+    Precedence: flag, the run's config.json (for the phases after warmup; that of --fork where the
+    run has none yet), preset, default. UserError for an unknown flag, preset or value, or a value
+    of SAME that the run was not made with.
     """
     from transformers import HfArgumentParser  # here: the worlds read this file without it
 
-    parser = HfArgumentParser([Config, extra] if extra else [Config], description=doc.split("\n")[0])
+    parts = [Config, extra] if extra else [Config]
+    parser = HfArgumentParser(parts, description=doc.split("\n")[0])
+    parser.error = refuse
     refuse_unknown_flags(parser)
     first, _ = parser.parse_known_args()
     if first.preset not in PRESETS:
         raise UserError(f"--preset {first.preset}: choose one of {', '.join(PRESETS)}")
     shop = (first.preset, first.env) == ("tiny", "webshop")
     parser.set_defaults(**PRESETS["tiny-webshop" if shop else first.preset])
-    run = Path("runs") / parser.parse_known_args()[0].run
+    first, _ = parser.parse_known_args()
+    folder = Path("runs") / first.run
+    if first.fork and not (folder / "config.json").exists():
+        folder = Path("runs") / first.fork
     saved = {}
-    if phase != "warmup" and (run / "config.json").exists():
-        saved = json.loads((run / "config.json").read_text())
-        parser.set_defaults(**saved)
+    if phase != "warmup" and (folder / "config.json").exists():
+        saved = read_json(folder / "config.json")
+        parser.set_defaults(**saved | {"run": first.run})
     config, *rest = parser.parse_args_into_dataclasses()
     for name in SAME if saved else ():
         if saved[name] != getattr(config, name):
-            raise other_config(run, name, saved[name], getattr(config, name))
+            raise other_config(folder, name, saved[name], getattr(config, name))
+    check(config)
     return (config, *rest) if extra else config
+
+
+def refuse(message):
+    """What argparse found wrong, as one line."""
+    raise UserError(f"{message}; see --help")
 
 
 def refuse_unknown_flags(parser):
     known = {name for action in parser._actions for name in action.option_strings}
     for word in sys.argv[1:]:
         name = word.split("=")[0]
-        if name.startswith("--") and name not in known:
-            close = difflib.get_close_matches(name, known, 1)
+        number = name[1:2].isdigit() or name[1:2] == "."
+        if name.startswith("-") and name not in known and not number:
+            close = difflib.get_close_matches("--" + name.lstrip("-"), known, 1)
             hint = f"did you mean {close[0]}?" if close else "see --help"
             raise UserError(f"unknown flag {name}: {hint}")
+
+
+def check(config):
+    """UserError for a value that no run could have."""
+    for name in AT_LEAST_ONE:
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: must be 1 at least")
+    limits = [
+        ("lr", config.lr >= 0, "0 or more"),
+        ("temperature", config.temperature > 0, "above 0 in training, or all members are alike"),
+        ("skill_share", 0 <= config.skill_share <= 1, "0 to 1"),
+        ("gamma", 0 <= config.gamma <= 1, "0 to 1"),
+        ("ema", 0 <= config.ema <= 1, "0 to 1"),
+        ("beta2", 0 <= config.beta2 < 1, "0 to below 1"),
+        ("baseline", config.baseline in ("steps", "episodes"), "steps or episodes"),
+    ]
+    for name, is_right, limit in limits:
+        if not is_right:
+            raise UserError(f"--{name} {getattr(config, name)}: must be {limit}")
 
 
 def other_config(folder, name, old, new) -> UserError:

@@ -1,7 +1,7 @@
 """Phase 2 of SIRI: what the skills do better goes into the weights; then the skills are dropped.
 
     python distill.py                         # after mine.py
-    python distill.py --run slow --lambda_max 0      # without internalization
+    python distill.py --lambda_max 0          # skills in half of the prompts, no internalization
 
 Reads   runs/<run>/mine/
 Writes  runs/<run>/distill/: model/, the result, which needs no skill; skills.jsonl, a report
@@ -23,10 +23,10 @@ from common import Row, Run, SkillBank, episode_advantages, rl_rows, rollout, ro
 
 
 def internalization_rows(episodes, advantages, deltas, tokenizer, config) -> list:
-    """Steps of the skill half as rows for the plain prompt, where gate and weight allow.
+    """Steps of the skill half as rows for the plain prompt, where the gate is open.
 
     sigma_A brings advantages that keep the reward's scale (--normalize_std false) to the scale of
-    the clip.
+    the clip. Steps with A <= 0 have weight 0, but count among the gated tokens.
     """
     sigma_A = 1.0 if config.normalize_std else config.success_reward
     rows = []
@@ -35,17 +35,16 @@ def internalization_rows(episodes, advantages, deltas, tokenizer, config) -> lis
         if not episode.skills or delta <= 0:  # gate (a): a skill was used, (b): Delta_g > 0
             continue
         for step, advantage in zip(episode.steps, step_advantages):
-            if advantage > 0:  # else w = 0
-                row = Row(
-                    prompt_ids=step.plain_ids,  # x_t, the plain prompt of the step
-                    response_ids=step.response_ids,  # y_t, sampled under xs_t, with the skill
-                    advantage=float(advantage / sigma_A),  # clipped to [0, c], it is w
-                    rollout_logprobs=step.logprobs,
-                    internalize=True,
-                    delta=delta,  # Delta_g
-                    action_mask=common.find_action_tokens(tokenizer, step.response_ids),  # gate (c)
-                )
-                rows.append(row)
+            row = Row(
+                prompt_ids=step.plain_ids,  # x_t, the plain prompt of the step
+                response_ids=step.response_ids,  # y_t, sampled under xs_t, with the skill
+                advantage=float(advantage / sigma_A),  # clipped to [0, c], it is w
+                rollout_logprobs=step.logprobs,
+                internalize=True,
+                delta=delta,  # Delta_g
+                action_mask=common.find_action_tokens(tokenizer, step.response_ids),  # gate (c)
+            )
+            rows.append(row)
     return rows
 
 
@@ -55,7 +54,7 @@ def main():
     policy, _ = run.start(after="mine")
     bank = SkillBank.load(run.source, config)
     print(f"distill: skills {bank.summary()}, lambda_max {config.lambda_max}")
-    if not bank.count()["active"]:
+    if not bank.count()["active"] or not config.skill_share:
         print("no active skill: this phase trains plain GiGPO")
 
     for k in run.iterations(config.distill_iterations):
@@ -64,7 +63,7 @@ def main():
             run.draw_tasks(k),
             config,
             members=config.group_size,
-            skilled=config.group_size // 2,
+            skilled=round(config.skill_share * config.group_size),
             bank=bank,
             statuses=("active",),
         )
@@ -86,7 +85,7 @@ def main():
         # 4. log and save
         gated = sum(sum(row.action_mask) for row in internal)
         skill_tokens = sum(len(s.response_ids) for e in episodes if e.skills for s in e.steps)
-        metrics = rollout_metrics(episodes, deltas) | losses | bank.count()
+        metrics = rollout_metrics(episodes, advantages, config, deltas) | losses | bank.count()
         metrics |= {"lambda": lambda_k, "gated_tokens": gated}
         metrics["gated_share"] = gated / max(1, skill_tokens)
         line = f"{common.arms(metrics)}  lambda {lambda_k:.3f}  gated {gated} tokens  "

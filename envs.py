@@ -41,7 +41,7 @@ def make_env(name: str, item, engine: str = "fast"):
 
 
 def data_root(name, data=None) -> Path:
-    """The data folder: `data`, else $ALFWORLD_DATA or $WEBSHOP_DATA, else the world's own default."""
+    """The data folder: `data`, else $ALFWORLD_DATA or $WEBSHOP_DATA, else the world's default."""
     root = data or os.environ.get(f"{name.upper()}_DATA") or world(name).DATA
     if not root:
         raise UserError(f"--env {name}: set {name.upper()}_DATA or --data to the original's files")

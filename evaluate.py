@@ -6,13 +6,14 @@
     python evaluate.py --preset alfworld-7b --checkpoint init --eval_split valid_unseen
 
 Prints success by task type and overall with counts and Wilson 95% intervals; writes
-runs/<run>/eval-....json.
+runs/<run>/eval-....json, with a digest of the items' names: equal digests, equal panels.
 
 The usual protocol of the field draws 128 validation episodes with repetition, so about 84 of the
 140 games, and its standard error at 90% is 2.7 points; here every game counts once. Sampling is at
 temperature 0.4, as in the GiGPO paper.
 """
 
+import hashlib
 import json
 import math
 from collections import defaultdict
@@ -37,25 +38,31 @@ class Evaluation:
     )
     eval_split: str = flag("", "split to evaluate on; empty: valid_seen (ALFWorld), test (WebShop)")
     eval_temperature: float = flag(0.4, "sampling temperature; 0 is greedy")
+    eval_seed: int = flag(0, "seed of the sampling")
     skills: bool = flag(False, "retrieve the run's active skills into the prompt")
     eval_items: int = flag(0, "only the first so many items, spread over the split; 0: all")
     out: str = flag(
-        "", "where to write the JSON; empty: runs/<run>/eval-<split>-<checkpoint>[-skills].json"
+        "", "the JSON; empty: runs/<run>/eval-<split>-<checkpoint>[-skills]-T<temp>-s<seed>.json"
     )
 
 
-def evaluate(policy, config, items, temperature, bank=None) -> list:
+def evaluate(policy, config, items, temperature, seed, bank=None) -> list:
     """One episode for each item, in waves of 256 -> [Episode]."""
     episodes = []
     for start in range(0, len(items), 256):
         wave = items[start : start + 256]
         skilled = 1 if bank else 0
         groups = plan_groups(
-            wave, config, members=1, skilled=skilled, bank=bank, statuses=("active",)
+            wave,
+            config,
+            members=1,
+            skilled=skilled,
+            bank=bank,
+            statuses=("active",),
+            training=False,
         )
-        seed = config.seed + start
         episodes += rollout(
-            policy, config, groups, seed, temperature=temperature, desc="evaluate"
+            policy, config, groups, seed + start, temperature=temperature, desc="evaluate"
         )
     return episodes
 
@@ -121,6 +128,13 @@ def choose_items(config, choice, split) -> list:
     return items
 
 
+def digest(items, config) -> str:
+    """Twelve hex digits of the sorted items, blind to their order and to the data folder."""
+    whole = {"split_rule": "verl"}  # the goal, not only its product
+    names = ["/".join(envs.world(config.env).identity(item, whole)) for item in items]
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:12]
+
+
 def main():
     config, choice = common.parse_config("evaluate", __doc__, Evaluation)
     device = set_up(config)
@@ -128,12 +142,13 @@ def main():
     items = choose_items(config, choice, split)
     path, bank = choose_checkpoint(config, choice)
     policy = Policy(*load_policy(path, config, device, trainable=False))
-    episodes = evaluate(policy, config, items, choice.eval_temperature, bank)
+    episodes = evaluate(policy, config, items, choice.eval_temperature, choice.eval_seed, bank)
 
     results = table(episodes)
     name = choice.checkpoint
     arm = "with skills" if bank else "plain prompt"
-    print(f"{name}, {arm}: {len(items)} items of {split}, T={choice.eval_temperature}")
+    panel = f"{len(items)} items of {split} ({digest(items, config)})"
+    print(f"{name}, {arm}: {panel}, T={choice.eval_temperature}, seed {choice.eval_seed}")
     print(f"{'task type':<10}{'solved':>10}{'success':>10}{'95% interval':>18}{'score':>8}  steps")
     for task_type, r in results.items():
         counts = f"{r['solved']}/{r['n']}"
@@ -141,13 +156,15 @@ def main():
         line = f"{task_type:<10}{counts:>10}{r['success']:>10.3f}{interval:>18}"
         print(f"{line}{r['score']:>8.3f}{r['steps']:>7.1f}")
     label = (Path(name).name if "/" in name else name) + ("-skills" if bank else "")
-    default = Path("runs") / config.run / f"eval-{split}-{label}.json"
+    suffix = f"T{choice.eval_temperature:g}-s{choice.eval_seed}"
+    default = Path("runs") / config.run / f"eval-{split}-{label}-{suffix}.json"
     out = Path(choice.out) if choice.out else default
     record = {
         "checkpoint": str(path),
         "skills": bool(bank),
-        "seed": config.seed,
+        "seed": choice.eval_seed,
         "split": split,
+        "digest": digest(items, config),
         "temperature": choice.eval_temperature,
         "results": results,
         "items": {e.item: e.success for e in episodes},

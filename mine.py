@@ -2,6 +2,7 @@
 
     python mine.py                            # after warmup.py
     python mine.py --run slow --mine_every 3
+    python mine.py --run control --fork tiny --skill_share 0     # the control: GiGPO goes on
 
 Reads   runs/<run>/warmup/
 Writes  runs/<run>/mine/: model/, and skills.jsonl, every skill with its life
@@ -75,7 +76,7 @@ def main():
     for k in run.iterations(config.mine_iterations):
         # 1. mining, by the policy as it is now
         mined = Counter()
-        if (k - 1) % config.mine_every == 0:
+        if config.skill_share and (k - 1) % config.mine_every == 0:
             mined = mine(policy, config, bank, successes, k, run.seed(k))
 
         # 2. paired rollouts: half of each group with skills, half plain, same game
@@ -83,7 +84,7 @@ def main():
             run.draw_tasks(k),
             config,
             members=config.group_size,
-            skilled=config.group_size // 2,
+            skilled=round(config.skill_share * config.group_size),
             bank=bank,
             statuses=("candidate", "active"),
         )
@@ -100,7 +101,7 @@ def main():
         losses = common.update(policy, rows, config, run.seed(k))
 
         # 5. log and save
-        metrics = rollout_metrics(episodes, deltas) | losses | bank.count()
+        metrics = rollout_metrics(episodes, advantages, config, deltas) | losses | bank.count()
         metrics |= {f"mined_{name}": n for name, n in mined.items()}
         line = f"{common.arms(metrics)}  skills {bank.summary()}"
         run.log(k, metrics, episodes, line + (f"  mined {dict(mined)}" if mined else ""))

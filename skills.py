@@ -20,6 +20,23 @@ from rapidfuzz.utils import default_process
 from config import UserError, read_jsonl, write_atomically
 
 
+# A number that names an instance ("drawer 3", "take mug 1 from shelf 2"), not a quantity ("2
+# objects", "under 30 dollars"): it has a noun before it and no noun after it. Or an ASIN.
+NO_NOUN_BEFORE = (
+    "a|about|above|all|at|below|both|buy|exactly|find|for|is|least|most|need|of|only|over|price|"
+    "put|take|than|the|these|to|under|with"
+)
+NO_NOUN_AFTER = (
+    "after|and|are|as|at|before|by|for|from|if|in|into|is|it|near|of|on|or|so|that|the|then|there|"
+    "to|until|was|when|where|which|with|without"
+)
+INSTANCE = re.compile(
+    rf"\b(?!(?:{NO_NOUN_BEFORE})\b)[a-z]+ \d+\b(?!\s+(?!(?:{NO_NOUN_AFTER})\b)[a-z])"
+    r"|\bB0[A-Z0-9]{8}\b",
+    re.I,
+)
+
+
 @dataclass(eq=False)
 class Skill:
     """A condition-strategy pair and its record."""
@@ -52,7 +69,7 @@ class SkillBank:
         text = f"{condition}: {strategy}"
         if len(text.split()) > self.MAX_WORDS:
             return "words"
-        if re.search(r"\b[a-z]+ \d+\b|\bB0[A-Z0-9]{8}\b", text, re.I):  # "drawer 3", an ASIN
+        if INSTANCE.search(text):
             return "instance"
         peers = [s for s in self.skills if s.bucket == bucket]
         for s in peers:
@@ -70,10 +87,14 @@ class SkillBank:
         total = sum(s.retrieved for s in self.skills if s.bucket == skill.bucket)
         return skill.utility + 0.1 * math.sqrt(math.log(1 + total) / (1 + skill.retrieved))
 
-    def retrieve(self, task, bucket, k=3, statuses=("candidate", "active")) -> list:
-        """The skills of a group, once for all its steps: the least tried candidate,
-        then the best active ones, by 0.5 lexical match of task and condition + utility + UCB. One
-        candidate at most, so that Delta_g is its own.
+    def retrieve(self, task, bucket, k=3, statuses=("candidate", "active"), training=True) -> list:
+        """The skills of a group, once for all its steps.
+
+        The best k active ones by 0.5 lexical match of task and condition + utility + UCB; or the
+        least tried candidate, alone, so that Delta_g is its own: beside a good skill any candidate
+        looks good. A candidate goes first until it has had its `n_eval` evaluations, then whenever
+        it has been tried less often than the best active skill. Only `training` counts as a try.
+        With --candidate_alone false the candidate stands beside the active ones.
         """
 
         def score(skill):
@@ -81,15 +102,20 @@ class SkillBank:
 
         found = [s for s in self.skills if s.bucket == bucket and s.status in statuses]
         found = sorted(found, key=score, reverse=True)
+        active = [s for s in found if s.status == "active"]
         candidates = [s for s in found if s.status == "candidate"]
         candidates.sort(key=lambda s: s.retrieved)
-        chosen = (candidates[:1] + [s for s in found if s.status == "active"])[:k]
-        for skill in chosen:
-            skill.retrieved += 1
+        chosen = (candidates[:1] + active)[:k]
+        if candidates and self.config.candidate_alone:
+            tries = max(self.config.n_eval, active[0].retrieved) if active else math.inf
+            chosen = candidates[:1] if candidates[0].retrieved < tries else active[:k]
+        if training:
+            for skill in chosen:
+                skill.retrieved += 1
         return chosen
 
     def update(self, skill, delta):
-        """One evaluation: u_s <- (1 - alpha) u_s + alpha Delta_g, promote or retire (method Eq. 9)."""
+        """One evaluation: u_s <- (1 - alpha) u_s + alpha Delta_g (method Eq. 9); promote, retire."""
         skill.utility += self.config.ema * (delta - skill.utility)
         skill.n += 1
         skill.deltas.append(round(delta, 4))
@@ -149,7 +175,7 @@ def parse_skill(text: str):
 
 
 def group_deltas(episodes) -> dict:
-    """Paired groups -> Delta_g = mean success of the skill half - of the plain half (method Eq. 8)."""
+    """Paired groups -> Delta_g = success of the skill half - of the plain half (method Eq. 8)."""
     halves = defaultdict(lambda: ([], []))
     for e in episodes:
         halves[e.group][bool(e.skills)].append(e.success)

@@ -42,7 +42,8 @@ def main():
         losses = common.update(policy, rows, config, run.seed(k))
 
         # 4. log and save
-        metrics = rollout_metrics(episodes) | losses | {"n_succ": len(successes)}
+        metrics = rollout_metrics(episodes, advantages, config) | losses
+        metrics["n_succ"] = len(successes)
         line = f"success {metrics['success']:.2f}  N_succ {len(successes)}/{config.n_req}  "
         line += f"steps {metrics['steps']:.1f}  invalid {metrics['invalid']:.2f}"
         run.log(k, metrics, episodes, line)

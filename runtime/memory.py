@@ -3,20 +3,34 @@
     python warmup.py --preset alfworld-7b --dry_run
     WORLD_SIZE=4 python warmup.py --preset alfworld-7b --dry_run     # for each of 4 GPUs
 
-Bytes are counted from the model's shape alone (its config.json, no weights):
+Bytes are counted from the model's shape alone, without weights, and without a network for Qwen2.5:
 
 | part        | bytes                                                                              |
 |-------------|------------------------------------------------------------------------------------|
 | weights     | P parameters, 2 (bfloat16) or 4 bytes                                              |
 | gradients   | as the weights                                                                     |
 | optimizer   | two moments, and in bfloat16 the Kahan buffer, each as the weights                 |
-| reference   | as the weights; nothing with --kl_coef 0, or with --ref_offload in the update      |
+| reference   | as the weights; none with --kl_coef 0                                              |
 | KV cache    | generation_rows x (prompt + response) x layers x 2 x KV heads x head size          |
-| activations | micro_tokens x layers x hidden size (the checkpoints) + what one layer keeps alive |
-| logits      | response tokens of a micro-batch x vocabulary, float32, three copies               |
+| prefill     | a chunk of prompts read at once: one layer's intermediates, the last logits        |
+| decode      | float32 scores of the rows decoded together, in sampling                           |
+| checkpoints | the input of every layer, for micro_tokens tokens                                  |
+| saved       | what a layer keeps for its backward pass; of all layers without checkpointing      |
+| layer       | what a layer's own backward pass needs besides                                     |
+| logits      | rows of the vocabulary held at once: 20 bytes a logit with their gradients         |
+| disk        | a save: weights and optimizer; two while the newer one is written                  |
 
-Rollout and update take turns, so the peak is the larger of the cache and the update's own parts.
-N GPUs hold an N-th of the first four each; a rollout needs the whole weights on each all the same.
+Three situations take turns, and the largest counts:
+
+    rollout   weights + optimizer + reference + KV cache + prefill, or decode
+    scoring   weights + optimizer + reference + the larger of a layer's forward pass and logits
+    update    weights + optimizer + reference + gradients + checkpoints + the larger of the backward
+              pass of a layer and of the logits
+
+--optimizer_offload takes the optimizer off the card but for one parameter's part, --ref_offload the
+reference outside scoring. N GPUs hold an N-th of weights, gradients, optimizer and reference each;
+a rollout needs the whole weights on each all the same, the update the largest pieces that FSDP puts
+together: the root's (embedding and head) and two layers'.
 """
 
 import itertools
@@ -27,17 +41,26 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from config import UserError
+from runtime.generation import CHUNK
+from runtime.logprobs import LOGITS
 from runtime.policy import SHAPES, dtype_of, local_path
 
 # MiB that nvidia-smi reports for an RTX 4090, A6000, H100 and H200; CUDA itself takes about 1,024
 CARDS = {"24 GB": 24_564, "48 GB": 49_140, "80 GB": 81_559, "141 GB": 143_771}
+FRAGMENTS = 1.05  # what the allocator cannot use
+HOST_LINK = 20e9  # bytes/s between host and card, each way: PCIe 4 x16 with pinned memory
 GB = 1e9
+KNOWN = {  # the presets' models, so that the table needs no network
+    "Qwen/Qwen2.5-7B-Instruct": "qwen2.5-7b-shape",
+    "Qwen/Qwen2.5-1.5B-Instruct": "qwen2.5-1.5b-shape",
+}
 
 
 def model_config(path: str):
-    """The shape of a model: its config, local, from the hub, or one of `SHAPES`."""
-    if path in SHAPES:
-        return Qwen2Config(**SHAPES[path])
+    """The shape of a model: a preset's or one of `SHAPES`, else its config, local or from the hub."""
+    name = KNOWN.get(path, path)
+    if name in SHAPES:
+        return Qwen2Config(**SHAPES[name])
     try:
         return AutoConfig.from_pretrained(local_path(path))
     except (OSError, ValueError) as error:
@@ -46,9 +69,12 @@ def model_config(path: str):
         raise UserError(f"--model {path}: no config.json ({reason}); {remedy}") from None
 
 
-def count_parameters(shape) -> int:
+def count_parameters(shape) -> tuple:
+    """(all parameters, those of one layer, those of the largest single one)."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape).num_parameters()
+        model = AutoModelForCausalLM.from_config(shape)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    return model.num_parameters(), layer, max(p.numel() for p in model.parameters())
 
 
 def cache_bytes(shape, size, tokens):
@@ -58,40 +84,74 @@ def cache_bytes(shape, size, tokens):
 
 
 def parts(config) -> dict:
-    """Part -> bytes on the device."""
+    """Part -> bytes, on the card unless its name says otherwise."""
     shape = model_config(config.model)
     size = dtype_of(config).itemsize
-    parameters = count_parameters(shape)
+    parameters, per_layer, largest = count_parameters(shape)
     weights = size * parameters
-    layers, width = shape.num_hidden_layers, shape.hidden_size
-    longest = config.max_prompt_tokens + config.max_response_tokens
+    vocabulary = shape.vocab_size
+    width = shape.hidden_size
+    inner = shape.intermediate_size
     ranks = int(os.environ.get("WORLD_SIZE", 1))
+    longest = config.max_prompt_tokens + config.max_response_tokens
     rows = min(config.generation_rows, math.ceil(config.tasks / ranks) * config.group_size)
-    cache = cache_bytes(shape, size, longest * rows)
     tokens = max(config.micro_tokens, longest)
-    # a layer in backward: attention and MLP intermediates of width d and of the MLP's width
-    layer = tokens * (12 * width + 4 * shape.intermediate_size) * size
-    kept = layers * layer
-    if config.gradient_checkpointing:
-        kept = layer + layers * tokens * width * size
-    responses = tokens * config.max_response_tokens / longest
+    read_at_once = min(max(CHUNK, config.max_prompt_tokens), rows * config.max_prompt_tokens)
+    moments = 3 if size == 2 else 2
+    # q, k, v, attention, two residuals and norms (float32 copies under bfloat16); gate, up, their
+    # activation and product; measured, see tests/test_memory.py
+    saved = tokens * ((12 if size == 2 else 9.5) * width + 4 * inner) * size
+    checkpoints = tokens * width * size * shape.num_hidden_layers
+    if not config.gradient_checkpointing:
+        checkpoints = saved * shape.num_hidden_layers  # and `saved` is among them
+        saved = 0
+    chunk = min(LOGITS, tokens * vocabulary)  # tokens is the worst case: hardly any prompt
+    unsharded = 0
+    if ranks > 1:
+        root = parameters - per_layer * shape.num_hidden_layers
+        unsharded = size * (root + 2 * per_layer)
     return {
         "parameters": parameters,
         "weights": weights / ranks,
         "gradients": weights / ranks,
-        "optimizer": (3 if size == 2 else 2) * weights / ranks,
-        "reference": weights / ranks if config.kl_coef and not config.ref_offload else 0,
+        "optimizer": moments * weights / ranks,
+        "one parameter": moments * largest * size,
+        "reference": weights / ranks if config.kl_coef else 0,
         "whole weights": weights if ranks > 1 else 0,
-        "KV cache": cache,
-        "activations": kept,
-        "logits": int(3 * 4 * responses * shape.vocab_size),
+        "unsharded": unsharded,
+        "KV cache": cache_bytes(shape, size, longest * rows),
+        "prefill": read_at_once * (7 * width + 3 * inner) * size,
+        "decode": 4 * 4 * rows * vocabulary,
+        "checkpoints": checkpoints,
+        "saved": saved,
+        "layer": tokens * (2 * width + 3 * inner) * size,
+        "layer, forward": tokens * (6 * width + 3 * inner) * size,
+        "logits": chunk * 20,
+        "logits, forward": chunk * (8 + size),
+        "disk": (1 + moments) * weights,
+        "optimizer_offload": config.optimizer_offload,
+        "ref_offload": config.ref_offload,
+    }
+
+
+def situations(p: dict) -> dict:
+    """Situation -> bytes on the card."""
+    optimizer = p["one parameter"] if p["optimizer_offload"] else p["optimizer"]
+    reference = 0 if p["ref_offload"] else p["reference"]
+    weights = p["weights"] + (0 if p["optimizer_offload"] else optimizer)
+    rollout = weights + reference + p["whole weights"] + p["KV cache"]
+    scoring = weights + p["reference"] + 2 * p["unsharded"]
+    update = weights + reference + p["gradients"] + p["unsharded"]
+    backward = p["checkpoints"] + max(p["saved"] + p["layer"], p["logits"])
+    return {
+        "rollout": rollout + max(p["prefill"], p["decode"]),
+        "scoring": scoring + max(p["layer, forward"], p["logits, forward"]),
+        "update": update + max(backward, optimizer if p["optimizer_offload"] else 0),
     }
 
 
 def peak(p: dict) -> float:
-    fixed = p["weights"] + p["optimizer"] + p["reference"]
-    rollout = p["whole weights"] + p["KV cache"]
-    return fixed + max(rollout, p["gradients"] + p["activations"] + p["logits"])
+    return max(situations(p).values())
 
 
 def table(config) -> str:
@@ -100,10 +160,20 @@ def table(config) -> str:
     ranks = os.environ.get("WORLD_SIZE", "1")
     where = "" if ranks == "1" else f", on each of {ranks} GPUs"
     lines = [f"{config.model}: {p['parameters']:,} parameters in {config.dtype}{where}"]
-    sizes = {name: value for name, value in p.items() if name != "parameters" and value}
-    lines += [f"  {name:<14}{value / GB:>9.2f} GB" for name, value in sizes.items()]
-    need = peak(p) * 1.05  # the allocator's fragments
-    lines.append(f"  {'peak':<14}{need / GB:>9.2f} GB, with 5% for fragments")
+    shown = [name for name, value in p.items() if name != "parameters" and value > 1]
+    lines += [f"  {name:<16}{p[name] / GB:>9.2f} GB" for name in shown]
+    for name, value in situations(p).items():
+        lines.append(f"  {name:<16}{value / GB:>9.2f} GB on the card")
+    need = peak(p) * FRAGMENTS
+    lines.append(f"  {'peak':<16}{need / GB:>9.2f} GB, with 5% for fragments")
+    host = (p["optimizer"] if config.optimizer_offload else 0) + (
+        p["reference"] if config.ref_offload else 0
+    )
+    if host:
+        lines.append(f"  {'host memory':<16}{host / GB:>9.2f} GB")
+    if config.optimizer_offload:
+        seconds = 2 * p["optimizer"] / HOST_LINK
+        lines.append(f"  {'offload':<16}{seconds:>9.2f} s an optimizer step at 20 GB/s")
     for name, mib in CARDS.items():
         room = (mib - 1024) * 2**20
         lines.append(f"  {name:>6} card: {'fits' if need < room else advice(p, room)}")
@@ -112,20 +182,21 @@ def table(config) -> str:
 
 def advice(p: dict, room: float) -> str:
     """What makes it fit: the cheapest changes that are enough together."""
-
-    def fits(chosen):
-        changed = dict(p)
-        for name in chosen:
-            changed |= changes[name]
-        return peak(changed) * 1.05 < room
-
     changes = {
-        "--micro_tokens a quarter": {n: p[n] / 4 for n in ("activations", "logits")},
-        "--generation_rows a quarter": {"KV cache": p["KV cache"] / 4},
-        "--ref_offload": {"reference": 0},
+        "--micro_tokens a quarter": {
+            name: p[name] / 4 for name in ("checkpoints", "saved", "layer", "layer, forward")
+        },
+        "--generation_rows a quarter": {name: p[name] / 4 for name in ("KV cache", "decode")},
+        "--ref_offload": {"ref_offload": True},
+        "--optimizer_offload": {"optimizer_offload": True},
     }
+    if p["unsharded"]:  # several GPUs split what the last two would offload
+        del changes["--ref_offload"], changes["--optimizer_offload"]
     for count in range(1, len(changes) + 1):
         for chosen in itertools.combinations(changes, count):
-            if fits(chosen):
+            changed = dict(p)
+            for name in chosen:
+                changed |= changes[name]
+            if peak(changed) * FRAGMENTS < room:
                 return "with " + ", ".join(chosen)
     return "too small: more GPUs (torchrun), or a smaller --model"

@@ -108,24 +108,79 @@ def load_reference(config: Config, device):
     return load_policy(config.model, config, device, trainable=False)[0]
 
 
-def make_optimizer(model, config: Config, state=None):
-    """AdamW; it goes on from `state`, through the phases too.
+class OffloadedAdamW(optimi.AdamW):
+    """optimi's AdamW with its state in host memory: each parameter's part is on the card only while
+    that parameter steps. The arithmetic is the same.
+    """
+
+    def step(self):
+        groups = self.param_groups
+        for group in groups:
+            (parameter,) = group["params"]
+            state = self.state[parameter]
+            host = {name: value for name, value in state.items() if torch.is_tensor(value)}
+            for name, value in host.items():
+                state[name] = value.to(parameter.device, non_blocking=True, copy=True)
+            self.param_groups = [group]
+            super().step()
+            for name, value in state.items():
+                if torch.is_tensor(value):
+                    state[name] = to_host(value, host.get(name))
+        self.param_groups = groups
+
+
+def to_host(value, place=None):
+    """A copy in host memory, pinned where there is a card: `place`, or new memory."""
+    if place is None:
+        place = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+    return place.copy_(value, non_blocking=False)
+
+
+def make_optimizer(model, config: Config, saved=None):
+    """AdamW; it goes on from a saved state, through the phases too, with the flags of this phase.
 
     A bfloat16 weight has 8 significant bits: at lr 1e-6 plain AdamW moves 2% of the weights, the
     rest of its steps is rounded away. optimi's AdamW keeps what each weight lost in a buffer (Kahan
     summation) and adds it once it counts. Float32 weights need and get no buffer.
+
+    Each parameter is a group of its own, so that its step does not need the others' state.
     """
-    decay = config.weight_decay
-    optimizer = optimi.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=1e-8, weight_decay=decay
+    kind = OffloadedAdamW if config.optimizer_offload else optimi.AdamW
+    parameters = list(model.parameters())
+    triton = use_triton(parameters)
+    optimizer = kind(
+        [{"params": [parameter]} for parameter in parameters],
+        lr=config.lr,
+        betas=(0.9, config.beta2),
+        eps=1e-8,
+        weight_decay=config.weight_decay,
+        foreach=False,
+        triton=triton,
     )
-    if state:
-        parameters = list(model.parameters())
-        parts = {
-            i: {name: parallel.split_like(x, parameters[i]) for name, x in part.items()}
-            for i, part in state["state"].items()
-        }
-        optimizer.load_state_dict({**state, "state": parts})
-        for group in optimizer.param_groups:  # but with the flags of this phase
-            group.update(lr=config.lr, weight_decay=decay)
+    if not saved:
+        return optimizer
+    if len(saved["param_groups"]) != len(parameters):
+        raise UserError("the saved optimizer belongs to another model; delete the phase's folder")
+    for i, (parameter, group) in enumerate(zip(parameters, optimizer.param_groups)):
+        # what has to go on; lr, beta2, weight decay and triton are those of now
+        group.update(setup=True, step=saved["param_groups"][i]["step"])
+        group["kahan_sum"] = saved["param_groups"][i]["kahan_sum"]
+        for name, value in saved["state"].get(i, {}).items():
+            if name == "kahan_comp" and not group["kahan_sum"]:  # triton wants one byte for "none"
+                value = torch.zeros(1, dtype=torch.uint8) if triton else None
+            optimizer.state[parameter][name] = place_state(value, parameter, config)
     return optimizer
+
+
+def use_triton(parameters) -> bool:
+    """Whether optimi's Triton kernels are to be used: on a GPU that has Triton."""
+    return optimi.utils._default_to_triton(parameters)
+
+
+def place_state(value, parameter, config):
+    """A saved tensor of the optimizer, where the optimizer will look for it."""
+    if value is None:
+        return None
+    if config.optimizer_offload:
+        return to_host(value)
+    return parallel.split_like(value, parameter).to(parameter.device)

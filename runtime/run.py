@@ -12,6 +12,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import sys
 import time
@@ -23,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import envs
-from config import PRESETS, UserError, other_config, read_jsonl, write_atomically
+from config import FREE, PRESETS, UserError, other_config, read_jsonl, write_atomically
 from runtime import memory, parallel
 from runtime.policy import Policy, dtype_of, load_policy, load_reference, make_optimizer
 
@@ -43,8 +44,10 @@ def set_up(config) -> torch.device:
         raise UserError(
             f"{parallel.world()} processes share --tasks {config.tasks}: start fewer, or raise it"
         )
-    if config.ref_offload and parallel.world() > 1:
-        raise UserError("--ref_offload is for one GPU; several split the reference among them")
+    if (config.ref_offload or config.optimizer_offload) and parallel.world() > 1:
+        raise UserError(
+            "--ref_offload and --optimizer_offload are for one GPU; several split the state"
+        )
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -82,8 +85,8 @@ def run_script(main):
 
 
 def load_state(folder) -> dict:
-    """state.pt of a phase; the optimizer's part stays in the file until it is used."""
-    return torch.load(folder / "state.pt", weights_only=False, mmap=True)
+    """state.pt of a phase: no code runs; the optimizer's part stays in the file until used."""
+    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
 
 
 def list_items(config, split) -> list:
@@ -114,6 +117,7 @@ class Run:
         self.device = set_up(config)
         self.items = list_items(config, config.split)
         self.clock = time.time()  # of the last line of the log
+        self.spent = {"episodes": 0, "sampled_tokens": 0}  # by the run so far
 
     def start(self, after=None, **first) -> tuple:
         """(policy, state): where this phase was saved last, else at the end of phase `after`, or
@@ -121,16 +125,20 @@ class Run:
 
         UserError unless `after` has finished.
         """
-        if after:
-            self.require_finished(after)
-        elif not self.folder.exists() and parallel.rank() == 0:
-            write_atomically(self.root / "config.json", json.dumps(asdict(self.config), indent=2))
+        before = self.root / after if after else None
+        if after == "warmup" and self.config.fork:
+            before = Path("runs") / self.config.fork / after
+        if before:
+            self.require_finished(before)
+        if parallel.rank() == 0:
+            self.begin()
+        parallel.wait()
         state = self.resume()
         self.resumed = state is not None
         if state:
             self.source = self.folder
-        elif after:
-            self.source = self.root / after
+        elif before:
+            self.source = before
             state = load_state(self.source) | {"iteration": 0, "finished": False}
         else:
             self.source = None
@@ -142,13 +150,26 @@ class Run:
         optimizer = make_optimizer(model, self.config, state.pop("optimizer", None))
         return Policy(model, tokenizer, reference, optimizer), state
 
-    def require_finished(self, after):
-        folder = self.root / after
-        command = f"`python {after}.py --run {self.config.run}`"
+    def require_finished(self, folder):
+        """UserError unless the phase before, in `folder`, was saved at its end."""
+        command = f"`python {folder.name}.py --run {folder.parent.name}`"
         if not (folder / "model").exists():
             raise UserError(f"{folder}/model is missing: run {command} first")
         if not load_state(folder)["finished"]:
             raise UserError(f"{folder} is not finished: {command} goes on with it")
+
+    def begin(self):
+        """Write the run's config.json where this is its first phase; a fork takes the lines that
+        its warm-up has logged.
+        """
+        path = self.root / "config.json"
+        if self.phase == "warmup" and not self.folder.exists() or not path.exists():
+            write_atomically(path, json.dumps(asdict(self.config), indent=2))
+        theirs = Path("runs") / self.config.fork / "metrics.jsonl"
+        ours = self.root / "metrics.jsonl"
+        if self.config.fork and theirs.exists() and not ours.exists():
+            lines = [x for x in read_jsonl(theirs) if x["phase"] == "warmup"]
+            write_atomically(ours, "".join(json.dumps(x) + "\n" for x in lines))
 
     def iterations(self, last) -> range:
         """The iterations that are left to do, up to `last`."""
@@ -203,17 +224,31 @@ class Run:
         if self.folder.exists():
             saved = json.loads((self.folder / "config.json").read_text())
             for name, value in asdict(self.config).items():
-                if saved.get(name) != value:
+                if name not in FREE and saved.get(name) != value:
                     raise other_config(self.folder, name, saved.get(name), value)
             state = load_state(self.folder)
+            state["finished"] &= not self.is_extended(state)
         if parallel.rank() > 0:
             return state
-        kept = state["iteration"] if state else 0
+        self.drop_lines_after(state["iteration"] if state else 0)
+        return state
+
+    def is_extended(self, state) -> bool:
+        """Whether a raised flag gives a finished phase more to do."""
+        more = state["iteration"] < getattr(self.config, f"{self.phase}_iterations")
+        if self.phase == "warmup":
+            more = more and len(state["successes"]) < self.config.n_req
+        return more
+
+    def drop_lines_after(self, kept):
+        """Take out of the logs what this phase did after iteration `kept`, and count the rest."""
         for path in (self.root / "metrics.jsonl", self.root / "episodes.jsonl"):
             lines = read_jsonl(path) if path.exists() else []
             lines = [x for x in lines if x["phase"] != self.phase or x["iteration"] <= kept]
             write_atomically(path, "".join(json.dumps(x) + "\n" for x in lines))
-        return state
+            if path.name == "metrics.jsonl":
+                for name in self.spent:
+                    self.spent[name] = sum(x[name] for x in lines)
 
     def log(self, iteration, metrics, episodes, line):
         """One line of metrics, a few readable episodes, one line on the screen."""
@@ -222,6 +257,10 @@ class Run:
         now = time.time()
         where = {"phase": self.phase, "iteration": iteration}
         record = {**where, "seconds": round(now - self.clock, 2), **metrics}
+        for name in self.spent:
+            self.spent[name] += metrics[name]
+            record[f"{name}_so_far"] = self.spent[name]
+        record["peak_memory"] = peak_memory()
         self.clock = now
         with open(self.root / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -230,6 +269,15 @@ class Run:
             for episode in random.Random(iteration).sample(episodes, count):
                 file.write(json.dumps(where | readable(episode)) + "\n")
         tqdm.write(f"{self.phase} {iteration:>3}  {line}")
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU since the last call, else of this process since its start."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def readable(episode) -> dict:

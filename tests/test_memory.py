@@ -1,0 +1,153 @@
+"""The memory table against what PyTorch really allocates, and what it advises."""
+
+import pytest
+import torch
+
+import common
+from config import Config
+from runtime import logprobs, memory, policy
+from runtime.generation import Cache, generate
+
+SHAPES = {
+    "narrow": {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 4000,
+        "tie_word_embeddings": False,
+    },
+    "wide": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 16000,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def peak_bytes(run) -> int:
+    """The most bytes that were allocated at once during run(), beyond those before it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = 0
+    peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("name", SHAPES)
+def test_table_is_within_15_percent_of_what_update_scoring_and_rollout_allocate(
+    name, checkpointing, monkeypatch
+):
+    monkeypatch.setitem(policy.SHAPES, name, SHAPES[name])
+    # hardly any prompt: every token of a micro-batch needs logits, the table's worst case
+    config = Config(
+        model=name,
+        dtype="float32",
+        gradient_checkpointing=checkpointing,
+        micro_tokens=1024,
+        max_prompt_tokens=2,
+        max_response_tokens=126,
+        tasks=1,
+        generation_rows=8,
+    )
+    model, tokenizer = policy.load_policy(name, config, "cpu")
+    rows = []
+    for _ in range(16):  # two micro-batches: the second meets the gradients of the first
+        row = common.Row([5, 6], torch.randint(5, 800, (126,)).tolist(), 1.0, [-5.0] * 126)
+        row.old_logprobs = torch.tensor(row.rollout_logprobs)
+        row.ref_logprobs = row.old_logprobs
+        rows.append(row)
+    parts = memory.parts(config) | {"optimizer": 0, "reference": 0}
+    table = memory.situations(parts)
+
+    model.train()
+    update = peak_bytes(lambda: common.backward(model, rows, config, 0.0, 0))
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    scoring = peak_bytes(lambda: common.score_rows(model, rows, "ref_logprobs", config, 0))
+    long = config
+    long.max_prompt_tokens = 300
+    prompts = [[5] * 299 + [i] for i in range(8)]
+
+    def sample():
+        cache = Cache(model, 8, 300 + 126)
+        generate(
+            model, tokenizer, prompts, max_new_tokens=126, temperature=1.0, seed=0, rows=8,
+            cache=cache, stop=False,
+        )  # fmt: skip
+
+    table["rollout"] = memory.situations(memory.parts(long) | {"optimizer": 0, "reference": 0})[
+        "rollout"
+    ]
+    rollout = peak_bytes(sample)
+    measured = {"update": update, "scoring": scoring, "rollout": rollout}
+    for situation, peak in measured.items():
+        expected = table[situation] - parts["weights"]
+        assert peak == pytest.approx(expected, rel=0.15), situation
+
+
+def test_logits_of_a_long_micro_batch_are_never_held_at_once(monkeypatch):
+    monkeypatch.setitem(policy.SHAPES, "wide", SHAPES["wide"])
+    config = Config(model="wide", dtype="float32", micro_tokens=1024)
+    model, _ = policy.load_policy("wide", config, "cpu")
+    model.train()
+    ids = torch.randint(5, 800, (8, 128))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 0] = False
+
+    def gradient():
+        model.zero_grad()
+        values, entropies = common.token_logprobs(model, ids, mask, 0.7)
+        (values.sum() - 0.1 * entropies.sum()).backward()
+        return model.model.layers[0].mlp.up_proj.weight.grad.clone()
+
+    whole = peak_bytes(gradient)
+    expected = gradient()
+    monkeypatch.setattr(logprobs, "LOGITS", 64 * 16000)  # 64 of 1,016 positions at once
+    chunked = peak_bytes(gradient)
+    torch.testing.assert_close(gradient(), expected, atol=1e-6, rtol=1e-4)
+    assert chunked < 0.4 * whole
+
+
+def test_table_of_the_7b_counts_what_exists(monkeypatch):
+    config = Config(model="qwen2.5-7b-shape")
+    parts = memory.parts(config)
+    assert parts["parameters"] == 7_615_616_512
+    assert parts["weights"] == 2 * parts["parameters"]
+    assert parts["optimizer"] == 3 * parts["weights"]  # two moments and the Kahan buffer
+    assert parts["KV cache"] == 128 * (3072 + 512) * 56 * 1024
+    assert parts["disk"] == pytest.approx(60.9e9, rel=0.01)
+    assert memory.parts(Config(model="qwen2.5-7b-shape", kl_coef=0))["reference"] == 0
+    table = memory.table(config)
+    assert "141 GB card: fits" in table
+    assert "80 GB card: with --optimizer_offload" in table
+    offloaded = Config(model="qwen2.5-7b-shape", optimizer_offload=True)
+    assert "80 GB card: fits" in memory.table(offloaded)
+    assert "45.69 GB" in memory.table(offloaded).split("host memory")[1]
+    small = Config(model="qwen2.5-1.5b-shape", optimizer_offload=True)
+    assert "24 GB card: fits" in memory.table(small)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "80 GB card: fits" in memory.table(config)
+    assert memory.parts(config)["weights"] == parts["weights"] / 2
+
+
+def test_dry_run_of_a_preset_needs_no_network(monkeypatch):
+    """The presets' shapes are known: nothing asks the hub, whose retries took half a minute."""
+
+    def refuse(*_, **__):
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr(memory.AutoConfig, "from_pretrained", refuse)
+    table = memory.table(Config())
+    assert table.startswith("Qwen/Qwen2.5-7B-Instruct: 7,615,616,512 parameters in bfloat16")
