@@ -361,8 +361,11 @@ def fit_prompts(tokenizer, config, waiting) -> list:
 
 def episode_advantages(episodes, config) -> list:
     """GiGPO advantages; both arms of a task are one group, the anchor is the bare observation."""
+    groups = [e.group for e in episodes]
+    if config.arm_baselines:
+        groups = [(e.group, bool(e.skills)) for e in episodes]
     return gigpo_advantages(
-        [e.group for e in episodes],
+        groups,
         [[s.reward for s in e.steps] for e in episodes],
         [[s.obs for s in e.steps] for e in episodes],
         gamma=config.gamma,

@@ -98,6 +98,13 @@ class Config:
     lambda_max: float = flag(0.1, "largest weight of the internalization loss; 0 switches it off")
     lambda_iterations: int = flag(10, "iterations over which lambda rises linearly to lambda_max")
     advantage_clip: float = flag(1.0, "c: internalization weights are clipped to [0, c]")
+    # ablations of phases 1 and 2
+    arm_baselines: bool = flag(False, "each arm of a group is a GiGPO group of its own")
+    validate: bool = flag(True, "false: every skill is active as soon as it is written, for good")
+    given_skills: str = flag("", "skills.jsonl with skills to begin with, all active (mine.py)")
+    internalize_tokens: str = flag("action", "tokens of L_int: action, or response (thoughts too)")
+    internalize_gate: str = flag("delta", "delta: where Delta_g > 0; none: every skilled episode")
+    internalize_weight: str = flag("advantage", "advantage: w = clip(A, 0, c); one: w = 1")
     # housekeeping
     save_every: int = flag(5, "iterations between saves; a stopped phase goes on from the last")
     dry_run: bool = flag(False, "print the memory that the run needs, part by part, and stop")
@@ -278,6 +285,17 @@ def check(config):
         ("ema", 0 <= config.ema <= 1, "0 to 1"),
         ("beta2", 0 <= config.beta2 < 1, "0 to below 1"),
         ("baseline", config.baseline in ("steps", "episodes"), "steps or episodes"),
+        (
+            "internalize_tokens",
+            config.internalize_tokens in ("action", "response"),
+            "action or response",
+        ),
+        ("internalize_gate", config.internalize_gate in ("delta", "none"), "delta or none"),
+        (
+            "internalize_weight",
+            config.internalize_weight in ("advantage", "one"),
+            "advantage or one",
+        ),
     ]
     for name, is_right, limit in limits:
         if not is_right:

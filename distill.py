@@ -32,17 +32,23 @@ def internalization_rows(episodes, advantages, deltas, tokenizer, config) -> lis
     rows = []
     for episode, step_advantages in zip(episodes, advantages):
         delta = deltas.get(episode.group, 0.0)
+        if config.internalize_gate == "none":
+            delta = 1.0
         if not episode.skills or delta <= 0:  # gate (a): a skill was used, (b): Delta_g > 0
             continue
         for step, advantage in zip(episode.steps, step_advantages):
+            mask = common.find_action_tokens(tokenizer, step.response_ids)  # gate (c)
+            if config.internalize_tokens == "response":
+                mask = [True] * len(step.response_ids)
+            weight = advantage / sigma_A if config.internalize_weight == "advantage" else 1.0
             row = Row(
                 prompt_ids=step.plain_ids,  # x_t, the plain prompt of the step
                 response_ids=step.response_ids,  # y_t, sampled under xs_t, with the skill
-                advantage=float(advantage / sigma_A),  # clipped to [0, c], it is w
+                advantage=float(weight),  # clipped to [0, c], it is w
                 rollout_logprobs=step.logprobs,
                 internalize=True,
                 delta=delta,  # Delta_g
-                action_mask=common.find_action_tokens(tokenizer, step.response_ids),  # gate (c)
+                action_mask=mask,
             )
             rows.append(row)
     return rows

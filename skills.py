@@ -79,7 +79,8 @@ class SkillBank:
         living = [s for s in peers if s.status != "retired"]
         if len(living) >= self.PER_BUCKET:
             min(living, key=self.value).status = "retired"
-        self.skills.append(Skill(condition, strategy, bucket, born=iteration))
+        status = "candidate" if self.config.validate else "active"
+        self.skills.append(Skill(condition, strategy, bucket, status=status, born=iteration))
         return "added"
 
     def value(self, skill) -> float:
@@ -119,7 +120,8 @@ class SkillBank:
         skill.utility += self.config.ema * (delta - skill.utility)
         skill.n += 1
         skill.deltas.append(round(delta, 4))
-        if skill.n < self.config.n_eval or skill.status == "retired":
+        unproven = skill.n < self.config.n_eval
+        if unproven or skill.status == "retired" or not self.config.validate:
             return
         skill.below = skill.below + 1 if skill.utility < 0 else 0
         if skill.below >= 2:
@@ -152,6 +154,16 @@ class SkillBank:
 
     def save(self, path):
         write_atomically(path, "".join(json.dumps(asdict(s)) + "\n" for s in self.skills))
+
+    @classmethod
+    def given(cls, config):
+        """A new bank: empty, or with the skills of the file --given_skills, all active."""
+        bank = cls(config)
+        if config.given_skills:
+            for line in read_jsonl(config.given_skills):
+                skill = Skill(line["condition"], line["strategy"], line["bucket"], status="active")
+                bank.skills.append(skill)
+        return bank
 
     @classmethod
     def load(cls, folder, config):

@@ -1,0 +1,322 @@
+"""Variants x seeds at equal episodes: all variants of a seed go on from one warm-up checkpoint.
+
+    python -m tools.study --name shop --variants siri,gigpo --seeds 1,2,3,4,5 --jobs 2 \\
+        --flags "--env webshop --tasks 8"
+    python -m tools.study --name shop --variants siri,gigpo --seeds 1,2,3,4,5 --table   # draw again
+
+For each seed one run of `warmup.py`; for each variant a fork of it through `mine.py` and
+`distill.py`, in --points stages of phase 2, and after the warm-up, after mining and after each
+stage an evaluation of the whole held-out split, plain prompt. Every command whose result is there
+is skipped, so the study goes on where it was stopped. `--jobs` processes run side by side, each on
+one thread.
+
+Writes results/study-<name>.md (a table: mean over seeds, 95% interval, paired difference with the
+control) and .png (held-out success against episodes, mean and spread of the seeds), .json (every
+item of every evaluation).
+
+The intervals are a hierarchical bootstrap: seeds are drawn with repetition, then items within them.
+Differences are paired: the same seeds and items for the variant and for the control.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from tqdm import tqdm
+
+from config import UserError, read_json, read_jsonl, write_atomically
+from runtime.run import run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTROL = "gigpo"
+VARIANTS = {  # name: the flags of mine.py and distill.py; one line makes an ablation
+    "gigpo": "--skill_share 0",
+    "siri": "",
+    "no-internalization": "--lambda_max 0",
+    "response": "--internalize_tokens response",
+    "response-strong": "--internalize_tokens response --lambda_max 1.0",
+    "no-gate": "--internalize_gate none",
+    "no-weight": "--internalize_weight one",
+    "no-validation": "--validate false",
+    "grpo": "--step_weight 0",
+    "arm-baselines": "--arm_baselines true",
+    "given": "--given_skills given-skills.jsonl --mine_episodes 0",
+}
+
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--name", required=True, help="of the study; its runs begin with it")
+    parser.add_argument("--variants", default="siri,gigpo", help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--seeds", default="1,2,3,4,5")
+    parser.add_argument("--flags", default="", help="flags of every phase of every variant")
+    parser.add_argument("--mine_iterations", type=int, default=4)
+    parser.add_argument("--distill_iterations", type=int, default=12)
+    parser.add_argument("--points", type=int, default=3, help="evaluations within phase 2")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
+    parser.add_argument("--table", action="store_true", help="no runs, only table and figure")
+    args = parser.parse_args()
+    args.variants = args.variants.split(",")
+    args.seeds = args.seeds.split(",")
+    for variant in args.variants:
+        if variant not in VARIANTS:
+            raise UserError(f"--variants {variant}: choose of {', '.join(VARIANTS)}")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------
+# Running
+# --------------------------------------------------------------------------------------------------
+
+
+def command(script, run, *flags):
+    """Run a script on one thread, its output in runs/<run>.log; UserError with its last line."""
+    log = Path("runs") / f"{run}.log"
+    log.parent.mkdir(exist_ok=True)
+    words = [word for part in flags for word in shlex.split(part)]
+    line = [sys.executable, str(ROOT / script), "--run", run, *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(log, "a") as file:
+        done = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode:
+        last = log.read_text().strip().splitlines()[-1]
+        raise UserError(f"{' '.join(line[1:])}: {last} (see {log})")
+
+
+def finished(run, phase, iterations) -> bool:
+    """Whether a run has logged so many iterations of a phase and saved them."""
+    metrics = Path("runs") / run / "metrics.jsonl"
+    if not metrics.exists() or not (Path("runs") / run / phase / "state.pt").exists():
+        return False
+    return any(x["phase"] == phase and x["iteration"] >= iterations for x in read_jsonl(metrics))
+
+
+def last_iteration(run) -> int:
+    """The last iteration of phase 2 that a run has logged."""
+    metrics = read_jsonl(Path("runs") / run / "metrics.jsonl")
+    return max(x["iteration"] for x in metrics if x["phase"] == "distill")
+
+
+def evaluated(run, checkpoint, label) -> dict:
+    """The evaluation of a checkpoint, made when it is not there yet."""
+    out = Path("runs") / run / f"study-{label}.json"
+    if not out.exists():
+        command("evaluate.py", run, f"--checkpoint {checkpoint}", f"--out {out}")
+    return read_json(out)
+
+
+def warm_up(args, seed):
+    run = f"{args.name}-warmup-s{seed}"
+    if not (Path("runs") / run / "study-warmup.json").exists():
+        command("warmup.py", run, args.flags, f"--seed {seed}")
+    evaluated(run, "init", "init")
+    evaluated(run, "warmup", "warmup")
+
+
+def run_variant(args, variant, seed):
+    """Phases 1 and 2 of one variant and seed, with their evaluations."""
+    run = f"{args.name}-{variant}-s{seed}"
+    fork = f"--fork {args.name}-warmup-s{seed}"
+    flags = VARIANTS[variant]
+    if not finished(run, "mine", args.mine_iterations):
+        command("mine.py", run, fork, flags, f"--mine_iterations {args.mine_iterations}")
+    evaluated(run, "mine", "mine")
+    for iterations in stages(args):
+        if not finished(run, "distill", iterations):
+            command("distill.py", run, flags, f"--distill_iterations {iterations}")
+        if iterations == last_iteration(run):  # else that save is gone, and was evaluated before
+            evaluated(run, "distill", f"distill-{iterations}")
+
+
+def stages(args) -> list:
+    """The iterations of phase 2 after which there is an evaluation."""
+    cuts = np.linspace(0, args.distill_iterations, args.points + 1)[1:]
+    return [int(round(cut)) for cut in cuts]
+
+
+def run_all(args):
+    jobs = [(warm_up, (args, seed)) for seed in args.seeds]
+    later = [
+        (run_variant, (args, variant, seed)) for seed in args.seeds for variant in args.variants
+    ]
+    for wave in (jobs, later):  # all warm-ups first: every fork needs one
+        with ThreadPoolExecutor(args.jobs) as pool:
+            futures = [pool.submit(function, *arguments) for function, arguments in wave]
+            for future in tqdm(futures, desc="study", unit="run"):
+                future.result()
+
+
+# --------------------------------------------------------------------------------------------------
+# What came of it
+# --------------------------------------------------------------------------------------------------
+
+
+def collect(args) -> dict:
+    """variant -> seed -> [(episodes, {item: solved})], from the warm-up to the end."""
+    results = {}
+    for variant in args.variants:
+        results[variant] = {}
+        for seed in args.seeds:
+            run = Path("runs") / f"{args.name}-{variant}-s{seed}"
+            warmup = Path("runs") / f"{args.name}-warmup-s{seed}" / "study-warmup.json"
+            metrics = read_jsonl(run / "metrics.jsonl")
+            curve = [(episodes_until(metrics, "warmup", 10**9), read_json(warmup)["items"])]
+            points = [("mine", args.mine_iterations, "mine")]
+            points += [("distill", n, f"distill-{n}") for n in stages(args)]
+            for phase, iterations, label in points:
+                items = read_json(run / f"study-{label}.json")["items"]
+                curve.append((episodes_until(metrics, phase, iterations), items))
+            results[variant][seed] = curve
+    return results
+
+
+def episodes_until(metrics, phase, iteration) -> int:
+    """Episodes a run had rolled out by the end of an iteration of a phase."""
+    lines = [x for x in metrics if x["phase"] == phase and x["iteration"] <= iteration]
+    return lines[-1]["episodes_so_far"]
+
+
+def matrix(curves, point) -> np.ndarray:
+    """[seeds, items] of 0 and 1: what each seed solved at a point of its curve."""
+    rows = []
+    for curve in curves.values():
+        items = curve[point][1]
+        rows.append([items[name] for name in sorted(items)])
+    return np.array(rows, float)
+
+
+def interval(values, draws=2000, seed=0) -> tuple:
+    """95% interval of the mean of [seeds, items] by a hierarchical bootstrap."""
+    rng = np.random.default_rng(seed)
+    n_seeds, n_items = values.shape
+    means = []
+    for _ in range(draws):
+        seeds = rng.integers(n_seeds, size=n_seeds)
+        items = rng.integers(n_items, size=(n_seeds, n_items))
+        means.append(np.take_along_axis(values[seeds], items, axis=1).mean())
+    return tuple(np.percentile(means, [2.5, 97.5]))
+
+
+def curve_means(curves) -> np.ndarray:
+    """[seeds, items]: each item's success averaged over all points after the warm-up, weighted by
+    the episodes between them: the area under the curve, item by item.
+    """
+    per_seed = []
+    for curve in curves.values():
+        episodes = np.array([point[0] for point in curve], float)
+        names = sorted(curve[0][1])
+        solved = np.array([[items[name] for name in names] for _, items in curve], float)  # [P, I]
+        widths = np.diff(episodes)[:, None]  # [P - 1, 1]
+        middle = (solved[1:] + solved[:-1]) / 2  # [P - 1, I]
+        per_seed.append((widths * middle).sum(0) / widths.sum())
+    return np.array(per_seed)
+
+
+def diagnostics(args, variant) -> dict:
+    """Means over iterations and seeds of what explains the result."""
+    lines = []
+    active = []
+    for seed in args.seeds:
+        run = Path("runs") / f"{args.name}-{variant}-s{seed}"
+        metrics = [x for x in read_jsonl(run / "metrics.jsonl") if x["phase"] != "warmup"]
+        lines += metrics
+        active.append(sum(x["active"] > 0 for x in metrics) / len(metrics))
+    names = ("no_contrast", "delta", "gated_share", "grad_norm_rl", "grad_norm_internalization")
+    result = {"iterations with an active skill": float(np.mean(active))}
+    for name in (*names, "grad_cosine"):
+        values = [x[name] for x in lines if x.get(name) is not None]
+        result[name] = float(np.mean(values)) if values else None
+    return result
+
+
+def table(args, results) -> str:
+    control = results.get(CONTROL)
+    lines = [
+        "| variant | episodes | success at the end | 95% interval | difference with the control |"
+        " 95% interval | mean over the curve | difference | 95% interval |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    start = matrix(next(iter(results.values())), 0)
+    low, high = interval(start)
+    at = next(iter(next(iter(results.values())).values()))[0][0]
+    lines.append(f"| after warm-up | {at} | {start.mean():.3f} | {low:.3f} to {high:.3f} | | | | | |")
+    for variant, curves in results.items():
+        end = matrix(curves, -1)
+        whole = curve_means(curves)
+        episodes = np.mean([curve[-1][0] for curve in curves.values()])
+        row = [variant, f"{episodes:.0f}", f"{end.mean():.3f}", between(interval(end))]
+        if control and variant != CONTROL:
+            gain = end - matrix(control, -1)
+            more = whole - curve_means(control)
+            row += [f"{gain.mean():+.3f}", between(interval(gain)), f"{whole.mean():.3f}"]
+            row += [f"{more.mean():+.3f}", between(interval(more))]
+        else:
+            row += ["", "", f"{whole.mean():.3f}", "", ""]
+        lines.append(f"| {' | '.join(row)} |")
+    lines += ["", "| variant | " + " | ".join(diagnostics(args, args.variants[0])) + " |"]
+    lines.append("|---" * (1 + len(diagnostics(args, args.variants[0]))) + "|")
+    for variant in results:
+        values = diagnostics(args, variant).values()
+        cells = ["-" if value is None else f"{value:.3g}" for value in values]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def between(bounds) -> str:
+    low, high = bounds
+    return f"{low:+.3f} to {high:+.3f}" if low < 0 else f"{low:.3f} to {high:.3f}"
+
+
+def draw(args, results, path):
+    figure, axis = plt.subplots(figsize=(7.5, 4.5), constrained_layout=True)
+    for variant, curves in results.items():
+        episodes = np.mean([[point[0] for point in c] for c in curves.values()], axis=0)
+        success = np.array(
+            [[np.mean(list(items.values())) for _, items in c] for c in curves.values()]
+        )  # [seeds, points]
+        (line,) = axis.plot(episodes, success.mean(0), marker="o", ms=4, label=variant)
+        axis.fill_between(
+            episodes, success.min(0), success.max(0), color=line.get_color(), alpha=0.12
+        )
+    axis.set(xlabel="episodes", ylabel="held-out success, plain prompt", ylim=(0, 1))
+    axis.set_title(f"{args.name}: mean and range of {len(args.seeds)} seeds", fontsize=10)
+    axis.legend(frameon=False)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main():
+    args = parse()
+    start = time.time()
+    if not args.table:
+        run_all(args)
+    results = collect(args)
+    Path("results").mkdir(exist_ok=True)
+    words = " ".join(shlex.quote(word) for word in sys.argv[1:] if word != "--table")
+    text = f"`python -m tools.study {words}`\n\n{platform.processor() or platform.machine()}, "
+    text += f"{len(args.seeds)} seeds, {time.time() - start:.0f} s in this call\n\n"
+    text += table(args, results)
+    write_atomically(f"results/study-{args.name}.md", text + "\n")
+    write_atomically(f"results/study-{args.name}.json", json.dumps(results))
+    draw(args, results, f"results/study-{args.name}.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    run_script(main)
