@@ -203,14 +203,15 @@ class Episode:
 
 
 def plan_groups(
-    items, config, *, members, skilled=0, bank=None, statuses=(), training=True
+    items, config, *, members=None, skilled=0, bank=None, statuses=(), training=True
 ) -> list:
-    """Items -> groups of `members` unplayed episodes; the first `skilled` of each carry the skills
-    that `bank` retrieves for it, if it has any of these statuses.
+    """Items -> groups of `members` (config.group_size) unplayed episodes; the first `skilled` of
+    each carry the skills that `bank` retrieves for it, if it has any of these statuses.
 
     An item is the same game in the same initial state for all, so that the two halves of a group
     differ in the skill block alone.
     """
+    members = config.group_size if members is None else members
     if members < 1 or not items:
         raise UserError("an empty group: --tasks and --group_size must be 1 at least")
     groups = []
@@ -475,7 +476,7 @@ def backward(model, rows, config, lambda_, pad_id) -> dict:
     """
     rl_tokens = sum(len(row.response_ids) for row in rows if not row.internalize)
     gated_tokens = sum(sum(row.action_mask) for row in rows if row.internalize and row.delta > 0)
-    weighted = [row for row in rows if not row.internalize or row.advantage > 0]
+    weighted = [row for row in rows if not row.internalize or lambda_ * row.advantage > 0]
     logged = Counter()
     for batch in micro_batches(weighted, config.micro_tokens):
         t = collate(batch, pad_id, model.device)

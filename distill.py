@@ -65,13 +65,9 @@ def main():
 
     for k in run.iterations(config.distill_iterations):
         # 1. paired rollouts: half of each group with the active skills, half plain; Delta_g
+        skilled = round(config.skill_share * config.group_size)
         groups = common.plan_groups(
-            run.draw_tasks(k),
-            config,
-            members=config.group_size,
-            skilled=round(config.skill_share * config.group_size),
-            bank=bank,
-            statuses=("active",),
+            run.draw_tasks(k), config, skilled=skilled, bank=bank, statuses=("active",)
         )
         episodes = rollout(policy, config, groups, run.seed(k))
         deltas = common.group_deltas(episodes)
@@ -80,9 +76,7 @@ def main():
         # 2. advantages; RL rows under their own prompt, internalization rows under the plain one
         advantages = episode_advantages(episodes, config)
         rows = rl_rows(episodes, advantages, config)
-        internal = []
-        if config.lambda_max:
-            internal = internalization_rows(episodes, advantages, deltas, policy.tokenizer, config)
+        internal = internalization_rows(episodes, advantages, deltas, policy.tokenizer, config)
 
         # 3. loss and step: L_GiGPO + beta L_KL + lambda(k) L_int
         lambda_k = config.lambda_max * min(1.0, k / config.lambda_iterations)
@@ -92,8 +86,8 @@ def main():
         gated = sum(sum(row.action_mask) for row in internal)
         skill_tokens = sum(len(s.response_ids) for e in episodes if e.skills for s in e.steps)
         metrics = rollout_metrics(episodes, advantages, config, deltas) | losses | bank.count()
-        metrics |= {"lambda": lambda_k, "gated_tokens": gated}
-        metrics["gated_share"] = gated / max(1, skill_tokens)
+        share = gated / max(1, skill_tokens)
+        metrics |= {"lambda": lambda_k, "gated_tokens": gated, "gated_share": share}
         line = f"{common.arms(metrics)}  lambda {lambda_k:.3f}  gated {gated} tokens  "
         run.log(k, metrics, episodes, line + f"skills {bank.summary()}")
         run.save_when_due(policy, k, k == config.distill_iterations, bank)

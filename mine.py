@@ -80,13 +80,9 @@ def main():
             mined = mine(policy, config, bank, successes, k, run.seed(k))
 
         # 2. paired rollouts: half of each group with skills, half plain, same game
+        skilled = round(config.skill_share * config.group_size)
         groups = common.plan_groups(
-            run.draw_tasks(k),
-            config,
-            members=config.group_size,
-            skilled=round(config.skill_share * config.group_size),
-            bank=bank,
-            statuses=("candidate", "active"),
+            run.draw_tasks(k), config, skilled=skilled, bank=bank, statuses=("candidate", "active")
         )
         episodes = rollout(policy, config, groups, run.seed(k))
         successes = (successes + common.plain_successes(episodes, k))[-4 * config.n_req :]

@@ -30,7 +30,7 @@ def main():
 
     for k in run.iterations(config.warmup_iterations):
         # 1. rollout: every task `group_size` times, plain prompt
-        groups = common.plan_groups(run.draw_tasks(k), config, members=config.group_size)
+        groups = common.plan_groups(run.draw_tasks(k), config)
         episodes = rollout(policy, config, groups, run.seed(k))
         successes += plain_successes(episodes, k)
 
