@@ -116,7 +116,7 @@ class SkillBank:
         return chosen
 
     def update(self, skill, delta):
-        """One evaluation: u_s <- (1 - alpha) u_s + alpha Delta_g (method Eq. 9), and its verdict."""
+        """One evaluation: u_s <- (1 - alpha) u_s + alpha Delta_g (method Eq. 9), and a verdict."""
         skill.utility += self.config.ema * (delta - skill.utility)
         skill.n += 1
         skill.deltas.append(round(delta, 4))

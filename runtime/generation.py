@@ -38,7 +38,8 @@ def eos_ids(model, tokenizer) -> list:
     """Every token that ends a response (Qwen2.5-Instruct has two)."""
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    ids = {*ids, tokenizer.eos_token_id} - {None}
+    return sorted(ids)
 
 
 class Cache:
@@ -49,13 +50,15 @@ class Cache:
     """
 
     def __init__(self, model, rows, length):
-        shape, weight = model.config, model.lm_head.weight
+        shape = model.config
+        weight = model.lm_head.weight
         head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
         size = (shape.num_hidden_layers, rows, length, shape.num_key_value_heads, head)
-        self.keys, self.values = (
-            torch.zeros(size, dtype=weight.dtype, device=weight.device) for _ in range(2)
-        )
-        self.rows, self.length, self.graphs = rows, length, {}
+        self.keys = torch.zeros(size, dtype=weight.dtype, device=weight.device)
+        self.values = torch.zeros_like(self.keys)
+        self.rows = rows
+        self.length = length
+        self.graphs = {}
         # graphs run one at a time and start from their inputs, so they may share their memory
         self.pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None
 
@@ -84,7 +87,8 @@ def forward(model, ids, rows, positions, cache, visible=None):
 
     What the padding writes lies after `positions` and is overwritten before it can be seen.
     """
-    decoder, B, T = model.model, *ids.shape
+    decoder = model.model
+    B, T = ids.shape
     prompt = visible is None
     at = torch.arange(T, device=ids.device).expand(B, T) if prompt else positions[:, None]  # [B, T]
     x = decoder.embed_tokens(ids)  # [B, T, D]
@@ -92,20 +96,25 @@ def forward(model, ids, rows, positions, cache, visible=None):
     if not prompt:
         mask = torch.arange(visible, device=ids.device) <= at  # [B, S]
     for depth, (layer, keys, values) in enumerate(zip(decoder.layers, cache.keys, cache.values)):
-        attention, h = layer.self_attn, layer.input_layernorm(x)
+        attention = layer.self_attn
+        h = layer.input_layernorm(x)  # [B, T, D]
         size = (B, T, -1, keys.shape[-1])
         q, k, v = (f(h).view(size) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
         if hasattr(attention, "q_norm"):  # Qwen3
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, T, heads, head size]
-        keys[rows[:, None], at], values[rows[:, None], at] = k, v
+            q = attention.q_norm(q)
+            k = attention.k_norm(k)
+        q = rotate(q, cos, sin)  # [B, T, heads, head size]
+        k = rotate(k, cos, sin)
+        keys[rows[:, None], at] = k
+        values[rows[:, None], at] = v
         if prompt:
             q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # [B, heads, T, head size]
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             y = y.transpose(1, 2).reshape(B, T, -1)
             if depth == len(decoder.layers) - 1:  # nothing reads the other positions any more
-                last = torch.arange(B, device=ids.device), positions
-                x, y = x[last][:, None], y[last][:, None]  # [B, 1, D]
+                every = torch.arange(B, device=ids.device)
+                x = x[every, positions][:, None]  # [B, 1, D]
+                y = y[every, positions][:, None]
         else:
             # the query heads of one key head stand where positions would: nothing is repeated
             q = q.view(B, keys.shape[2], -1, keys.shape[3])  # [B, KV heads, queries, head size]
@@ -135,10 +144,13 @@ def sample(logits, uniform, temperature):
 
 def read_prompts(model, prompts, cache):
     """Prompts (token ids, sorted by length) -> logits [B, V]; row i of the cache holds prompt i."""
-    device, owner = cache.keys.device, {}
+    device = cache.keys.device
+    owner = {}  # prompt -> the row that reads it, for all that are equal
     for row, prompt in enumerate(prompts):
         owner.setdefault(tuple(prompt), row)
-    unique, logits, start = list(owner.items()), {}, 0
+    unique = list(owner.items())
+    logits = {}  # row -> [V]
+    start = 0
     while start < len(unique):
         stop = start + 1
         while stop < len(unique) and (stop + 1 - start) * len(unique[stop][0]) <= CHUNK:
@@ -174,7 +186,7 @@ def replay(cache, step, *inputs, **shape):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=cache.pool):
             outputs = step(*fixed, **shape)
-        cache.graphs[key] = graph, fixed, outputs
+        cache.graphs[key] = (graph, fixed, outputs)
     graph, fixed, outputs = cache.graphs[key]
     for old, new in zip(fixed, inputs):
         old.copy_(new)
@@ -187,8 +199,10 @@ def sample_batch(model, prompts, uniform, ends, cache, *, temperature, stop):
 
     uniform   [B, max_new_tokens] the random numbers; ends: the ids that end a response
     """
-    device, (B, new) = uniform.device, uniform.shape
-    tokens, logprobs = torch.zeros_like(uniform, dtype=torch.long), torch.zeros_like(uniform)
+    device = uniform.device
+    B, new = uniform.shape
+    tokens = torch.zeros_like(uniform, dtype=torch.long)
+    logprobs = torch.zeros_like(uniform)
     where = torch.tensor([len(prompt) for prompt in prompts], device=device)  # next position
     logits = read_prompts(model, prompts, cache)
     token, logprob = sample(logits, uniform[:, 0], temperature)
@@ -206,7 +220,8 @@ def sample_batch(model, prompts, uniform, ends, cache, *, temperature, stop):
             visible = min(cache.length, BUCKET * math.ceil((longest + t) / BUCKET))
             token, logprob = replay(cache, step, token, where, uniform[slots, t], visible=visible)
             where = where + 1
-        tokens[slots, t], logprobs[slots, t] = token, logprob
+        tokens[slots, t] = token
+        logprobs[slots, t] = logprob
         done = done | torch.isin(token, ends)
         if stop and (device.type == "cpu" or t % 8 == 7):  # a look waits for the GPU
             alive = len(done) - int(done.sum())
@@ -215,7 +230,10 @@ def sample_batch(model, prompts, uniform, ends, cache, *, temperature, stop):
             if alive <= len(done) // 2:  # those still running, and ended ones to fill up
                 keep = done.int().argsort(stable=True)[: len(done) // 2]
                 cache.move(keep, slice(len(keep)))
-                slots, done, token, where = (x[keep] for x in (slots, done, token, where))
+                slots = slots[keep]
+                done = done[keep]
+                token = token[keep]
+                where = where[keep]
     return tokens, logprobs
 
 
@@ -259,10 +277,10 @@ def generate(
             while size // 2 >= len(batch):
                 size //= 2
             batch = batch + batch[-1:] * (size - len(batch))
+        chosen = [prompts[i] for i in batch]
         tokens, logprobs = sample_batch(
-            model, [prompts[i] for i in batch], uniform[batch], ends, cache,
-            temperature=temperature, stop=stop,
-        )  # fmt: skip
+            model, chosen, uniform[batch], ends, cache, temperature=temperature, stop=stop
+        )
         lengths = response_lengths(tokens, ends).tolist()
         for i, n, row, values in zip(batch, lengths, tokens.tolist(), logprobs.tolist()):
             text = tokenizer.decode(row[:n], skip_special_tokens=True)

@@ -163,8 +163,10 @@ def make_optimizer(model, config: Config, saved=None):
         raise UserError("the saved optimizer belongs to another model; delete the phase's folder")
     for i, (parameter, group) in enumerate(zip(parameters, optimizer.param_groups)):
         # what has to go on; lr, beta2, weight decay and triton are those of now
-        group.update(setup=True, step=saved["param_groups"][i]["step"])
-        group["kahan_sum"] = saved["param_groups"][i]["kahan_sum"]
+        then = saved["param_groups"][i]
+        if "step" not in then:  # saved before its first step
+            continue
+        group.update(setup=True, step=then["step"], kahan_sum=then["kahan_sum"])
         for name, value in saved["state"].get(i, {}).items():
             if name == "kahan_comp" and not group["kahan_sum"]:  # triton wants one byte for "none"
                 value = torch.zeros(1, dtype=torch.uint8) if triton else None

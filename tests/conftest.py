@@ -1,5 +1,6 @@
-"""Fixtures: the shipped tiny policy, generated games, the optional real data beside the project."""
+"""Fixtures: the shipped tiny policy, generated games, played episodes, optional real data."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -7,38 +8,78 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SHARED = (
-    ROOT.parent / "shared" / "data"
-)  # real games and reference numbers; their tests are skipped where it is absent
+# real games and reference numbers; their tests are skipped where it is absent
+SHARED = ROOT.parent / "shared" / "data"
 
 import common
 import envs
-import tiny
+from common import Episode, Row
+from config import PRESETS, Config
+from runtime.policy import Policy, load_policy
+from skills import Skill
+from tiny import household
 
 
 @pytest.fixture(scope="session")
 def games(tmp_path_factory):
     """A data folder with two generated games of each task type in train and in valid_seen."""
     root = tmp_path_factory.mktemp("games")
-    tiny.write_games(root, {"train": 12, "valid_seen": 12})
+    household.write_games(root, {"train": 12, "valid_seen": 12})
     return root
+
+
+def tiny_config(games, **changes):
+    small = {"data": str(games), "tasks": 2, "group_size": 4, "max_steps": 4}
+    return Config(**PRESETS["tiny"] | small | changes)
 
 
 @pytest.fixture
 def config(games):
-    return common.Config(
-        **common.PRESETS["tiny"] | {"data": str(games), "tasks": 2, "group_size": 4, "max_steps": 4}
-    )
+    return tiny_config(games)
 
 
 @pytest.fixture
 def policy(config):
     """A fresh copy of the tiny policy and its tokenizer."""
-    return common.load_policy("tiny", config, "cpu")
+    return Policy(*load_policy("tiny", config, "cpu"))
+
+
+def play(games, skills):
+    """Two groups of four, really played; the first two of each carry `skills`."""
+    config = tiny_config(games)
+    items = envs.list_items("alfworld", "train", games)[:2]
+    groups = [
+        [Episode(item, f"{n}:{item}", tuple(skills)) for _ in range(2)]
+        + [Episode(item, f"{n}:{item}") for _ in range(2)]
+        for n, item in enumerate(items)
+    ]
+    policy = Policy(*load_policy("tiny", config, "cpu"))
+    return common.rollout(policy, config, groups, seed=0, temperature=1.0)
+
+
+@pytest.fixture(scope="session")
+def plain_play(games):
+    return play(games, [])
+
+
+@pytest.fixture(scope="session")
+def paired_play(games):
+    return play(games, [Skill("the task is to put an object somewhere", "look first", "pick")])
 
 
 @pytest.fixture
-def episodes(policy, config):
-    model, tokenizer = policy
-    plan = common.plan_rollouts(envs.list_items("alfworld", "train", config.data)[:2], config)
-    return common.rollout(model, tokenizer, config, plan, temperature=1.0, seed=0)
+def episodes(plain_play):
+    """Two groups of four plain episodes."""
+    return copy.deepcopy(plain_play)
+
+
+@pytest.fixture
+def paired_episodes(paired_play):
+    """Two groups, each with two episodes whose prompts had a skill, then two plain ones."""
+    return copy.deepcopy(paired_play)
+
+
+def as_rows(episodes, advantage=1.0):
+    return [
+        Row(s.prompt_ids, s.response_ids, advantage, s.logprobs) for e in episodes for s in e.steps
+    ]

@@ -4,10 +4,9 @@ import pytest
 import torch
 import transformers
 
-import common
 import envs
-import generation
-from generation import Cache, encode_prompts, generate
+from runtime import generation
+from runtime.generation import Cache, encode_prompts, generate
 
 PROMPTS = ["look around", "You are in a room with a desk 1. " * 6, "take the mug", "look around"]
 
@@ -24,7 +23,8 @@ def another(kind):
 
 @pytest.mark.parametrize("kind", ["tiny", "Qwen3", "Llama"])
 def test_greedy_tokens_equal_hf_generate(policy, kind):
-    model, tokenizer = policy
+    model = policy.model
+    tokenizer = policy.tokenizer
     model = model if kind == "tiny" else another(kind)
     prompts = encode_prompts(tokenizer, PROMPTS)
     ours = generate(model, tokenizer, prompts, max_new_tokens=12, temperature=0, seed=0, rows=3)
@@ -35,7 +35,8 @@ def test_greedy_tokens_equal_hf_generate(policy, kind):
 
 @pytest.mark.parametrize("kind", ["tiny", "Qwen3", "Llama"])
 def test_logprobs_are_those_of_the_training_forward(policy, games, kind):
-    model, tokenizer = policy
+    model = policy.model
+    tokenizer = policy.tokenizer
     model = model if kind == "tiny" else another(kind)
     items = envs.list_items("alfworld", "train", games)[:4]
     prompts = [envs.build_prompt(envs.make_env("alfworld", item).reset()) for item in items]
@@ -49,7 +50,8 @@ def test_logprobs_are_those_of_the_training_forward(policy, games, kind):
 
 
 def test_temperature_scales_the_logits_before_the_logprobs(policy):
-    model, tokenizer = policy
+    model = policy.model
+    tokenizer = policy.tokenizer
     (prompt,) = encode_prompts(tokenizer, ["look around"])
     ((ids, logprobs, _),) = generate(
         model, tokenizer, [prompt], max_new_tokens=1, temperature=0.5, seed=0
@@ -60,7 +62,8 @@ def test_temperature_scales_the_logits_before_the_logprobs(policy):
 
 
 def test_sampling_is_a_function_of_the_seed(policy):
-    model, tokenizer = policy
+    model = policy.model
+    tokenizer = policy.tokenizer
 
     def sample(seed):
         answers = generate(
@@ -73,7 +76,8 @@ def test_sampling_is_a_function_of_the_seed(policy):
 
 
 def test_samples_do_not_depend_on_how_rows_are_batched_or_on_a_used_cache(policy):
-    model, tokenizer = policy
+    model = policy.model
+    tokenizer = policy.tokenizer
     prompts = encode_prompts(tokenizer, PROMPTS * 3)
     options = {"max_new_tokens": 60, "temperature": 2.0, "seed": 3}
     whole = generate(model, tokenizer, prompts, **options)
@@ -88,7 +92,8 @@ def test_samples_do_not_depend_on_how_rows_are_batched_or_on_a_used_cache(policy
 
 
 def test_response_stops_at_the_first_eos_and_keeps_it(policy):
-    model, tokenizer = policy
+    model = policy.model
+    tokenizer = policy.tokenizer
     ends = generation.eos_ids(model, tokenizer)
     for ids, logprobs, text in generate(
         model, tokenizer, PROMPTS * 4, max_new_tokens=60, temperature=1.0, seed=1
@@ -110,17 +115,16 @@ def test_sample_draws_each_token_as_often_as_its_probability():
 
 
 def test_bfloat16_prompts_of_one_token_and_no_prompts_at_all(policy):
-    model, tokenizer = policy
+    model = policy.model
+    tokenizer = policy.tokenizer
     half = another("Qwen3").bfloat16()
     options = {"max_new_tokens": 3, "temperature": 1.0, "seed": 0}
     assert len(generate(half, tokenizer, [[5], [5, 6]], **options)) == 2
     assert generate(model, tokenizer, [], **options) == []
 
 
-def test_a_model_of_another_family_is_a_clear_error(policy, config, tmp_path):
-    settings = {"vocab_size": 900, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).save_pretrained(tmp_path)
-    policy[1].save_pretrained(tmp_path)
-    message = "is a gpt2; generation.py reads qwen2, qwen3, llama"
-    with pytest.raises(common.UserError, match=message):
-        common.load_policy(tmp_path, config, "cpu")
+def test_a_uniform_number_of_exactly_0_draws_no_token_without_probability():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
+    for number in (0.0, 1.0 - 2**-24):
+        token, _ = generation.sample(logits, torch.tensor([number]), temperature=1.0)
+        assert token.item() == 1

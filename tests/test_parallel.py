@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, as_rows
 
 import common
-from common import Row
+from config import read_jsonl
+from runtime import parallel
 
 # "--", or torchrun takes the script's --run for a flag of its own
 TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 --".split()]
@@ -22,31 +23,31 @@ def start(command, folder):
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
-def test_two_ranks_make_the_steps_of_one_process(episodes, policy, tmp_path):
+def test_two_ranks_make_the_steps_of_one_process(paired_episodes, policy, tmp_path):
     """Gradients, weights, log-probs after the step (stale weights!), and a restored optimizer."""
-    tokenizer = policy[1]
-    steps = [s for e in episodes for s in e.steps][:31]  # odd: the ranks' shares differ
-    rows = [
-        Row(s.prompt_ids, s.response_ids, (-1.0) ** i * (i % 5), s.logprobs)
-        for i, s in enumerate(steps)
-    ]
-    for row, step in zip(rows[:9:3], steps):
-        mask = common.action_mask(tokenizer, step.response_ids)
-        rows.append(dataclasses.replace(row, distill=True, utility=0.5, action_mask=mask))
+    rows = as_rows(paired_episodes)[:31]  # odd: the ranks' shares differ
+    for i, row in enumerate(rows):
+        row.advantage = (-1.0) ** i * (i % 5)
+    for step in [s for e in paired_episodes if e.skills for s in e.steps][:3]:
+        mask = common.find_action_tokens(policy.tokenizer, step.response_ids)
+        row = common.Row(step.plain_ids, step.response_ids, 0.5, step.logprobs)
+        rows.append(dataclasses.replace(row, internalize=True, delta=0.5, action_mask=mask))
     torch.save(rows, tmp_path / "rows.pt")
     script = [str(ROOT / "tests" / "two_ranks.py"), "rows.pt"]
     for command in ([sys.executable, *script, "one.pt"], [*TORCHRUN, *script, "two.pt"]):
         done = start(command, tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in ("one", "two"))
-    for key in ("loss", "policy", "kl", "internalize", "grad_norm", "logprob_gap", "rows"):
-        assert one[0][key] == pytest.approx(two[0][key], abs=1e-6), key
+    for key in ("loss", "policy", "kl", "internalization", "grad_norm", "logprob_gap", "rows"):
+        assert one[0][key] == pytest.approx(two[0][key], abs=1e-6, rel=5e-5), key
+    assert one[0]["internalization"] > 0
     later = [torch.load(tmp_path / f"{n}.pt.second", weights_only=False) for n in ("one", "two")]
     for name, gradient in one[1].items():
-        assert (gradient - two[1][name]).abs().max() < 1e-6, name
-        moves = gradient.abs() > 1e-6  # Adam blows up what is below the rounding of float32
+        assert (gradient - two[1][name]).abs().max() < 2e-6, name
+        moves = gradient.abs() > 1e-4  # Adam blows up what is near the rounding of float32
+        assert moves.any(), name
         assert (one[2][name] - two[2][name])[moves].abs().max() < 1e-6, name
-        # the next step with the saved optimizer; it is 5e-4 long, without moments 3 times that
+        # the next step with the saved optimizer; it is 3e-4 long, without moments 3 times that
         assert (later[0][name] - later[1][name])[moves].abs().mean() < 1e-6, name
     for ours, theirs in zip(one[3], two[3], strict=True):
         assert ours[0] == theirs[0]
@@ -54,20 +55,23 @@ def test_two_ranks_make_the_steps_of_one_process(episodes, policy, tmp_path):
 
 
 def test_all_phases_run_on_two_ranks_and_write_one_run(games, tmp_path):
-    flags = f"""--data {games} --run t --tasks 4 --group_size 4 --max_steps 8 --n_req 9999
+    flags = f"""--data {games} --run t --tasks 2 --group_size 4 --max_steps 8 --n_req 9999
     --warmup_iterations 1 --mine_iterations 2 --mine_every 1 --n_eval 1 --active_above -1
     --distill_iterations 1 --minibatch_rows 64 --device cpu""".split()
+    evaluation = ["--eval_items", "6"]
     for script in ("warmup", "mine", "distill", "evaluate"):
-        done = start([*TORCHRUN, str(ROOT / f"{script}.py"), *flags], tmp_path)
+        more = evaluation if script == "evaluate" else []
+        done = start([*TORCHRUN, str(ROOT / f"{script}.py"), *flags, *more], tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "runs" / "t"
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = read_jsonl(run / "metrics.jsonl")
     assert [r["phase"] for r in records] == ["warmup", "mine", "mine", "distill"]
-    assert all(r["episodes"] == 16 for r in records)  # of both ranks
+    assert all(r["episodes"] == 8 for r in records)  # of both ranks
     assert all(r["logprob_gap"] < 1e-3 for r in records if r["rows"])
-    skills = [json.loads(line) for line in (run / "mine" / "skills.jsonl").read_text().splitlines()]
+    skills = read_jsonl(run / "mine" / "skills.jsonl")
     assert skills and any(s["n"] for s in skills)  # evaluations reach the bank, not its copies
-    assert len(json.loads((run / "eval-valid_seen-distill.json").read_text())["items"]) == 12
+    (result,) = run.glob("eval-valid_seen-distill*.json")
+    assert len(json.loads(result.read_text())["items"]) == 6
     # one process goes on where two have stopped
     command = [sys.executable, str(ROOT / "evaluate.py"), "--run", "t", "--eval_items", "2"]
     done = start(command, tmp_path)
@@ -78,3 +82,14 @@ def test_more_ranks_than_tasks_is_a_clear_error(tmp_path):
     done = start([*TORCHRUN, str(ROOT / "warmup.py"), "--tasks", "1", "--device", "cpu"], tmp_path)
     assert done.returncode != 0
     assert "error: 2 processes share --tasks 1: start fewer, or raise it" in done.stderr
+
+
+def test_the_shares_of_all_ranks_are_the_whole_in_its_order(monkeypatch):
+    values = list(range(7))
+    monkeypatch.setattr(parallel, "world", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        shares.append(parallel.share(values))
+    assert sum(shares, []) == values and all(len(share) in (2, 3) for share in shares)
+    assert parallel.own_seed(5) != 5  # on the last rank: ranks must not sample alike

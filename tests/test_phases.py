@@ -1,100 +1,385 @@
 """The scripts as a user runs them: from end to end, resumed, and with wrong input."""
 
+import contextlib
+import copy
 import dataclasses
+import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from transformers import AutoModelForCausalLM
 
 import common
 import distill
 import evaluate
 import mine
-from tools import plot
-import tiny_shop
 import warmup
-from common import Row, UserError
+from config import PRESETS, Config, UserError, read_jsonl
+from runtime.run import Run, run_script
+from skills import Skill, SkillBank
+from tiny import shop
+from tools import plot
+from worlds import alfworld
 
-SMALL = """--run t --tasks 4 --group_size 4 --max_steps 12 --n_req 9999 --warmup_iterations 2
---mine_iterations 3 --mine_every 1 --mine_episodes 24 --n_eval 1 --active_above -1
+SMALL = """--tasks 2 --group_size 4 --max_steps 8 --n_req 9999 --warmup_iterations 2
+--mine_iterations 1 --mine_every 1 --mine_episodes 12 --n_eval 1 --active_above -1
 --distill_iterations 2 --save_every 1 --minibatch_rows 64"""
 
 
-def call(monkeypatch, script, flags):
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
-    script.main()
+def call(script, flags):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
+        script.main()
 
 
-def test_all_phases_end_to_end_then_evaluation_and_plot(games, tmp_path, monkeypatch, capsys):
+def run_phases(folder, flags) -> str:
+    """Warm-up, mining and distillation in `folder` -> what they printed."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.chdir(folder)
+        for script in (warmup, mine, distill):
+            call(script, flags)
+    return said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def household(games, tmp_path_factory):
+    """The three phases in the household, once for all tests -> (their folder, what they said)."""
+    folder = tmp_path_factory.mktemp("household")
+    return folder, run_phases(folder, f"--run t {SMALL} --data {games}")
+
+
+@pytest.fixture
+def finished(household, tmp_path, monkeypatch):
+    """A copy of that run, to go on with; the working folder is its parent."""
+    shutil.copytree(household[0], tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    flags = f"{SMALL} --data {games}"
-    for script in (warmup, mine, distill):
-        call(monkeypatch, script, flags)
-    run = tmp_path / "runs" / "t"
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [r["phase"] for r in records] == ["warmup"] * 2 + ["mine"] * 3 + ["distill"] * 2
+    return tmp_path / "runs" / "t"
+
+
+def logged(run):
+    return read_jsonl(run / "metrics.jsonl")
+
+
+# --- end to end -----------------------------------------------------------------------------------
+
+
+def test_all_phases_end_to_end_and_their_files(household):
+    folder, said = household
+    run = folder / "runs" / "t"
+    records = logged(run)
+    assert [r["phase"] for r in records] == ["warmup"] * 2 + ["mine"] + ["distill"] * 2
     assert all(r["logprob_gap"] < 1e-3 for r in records if r["rows"])
-    ramp = common.PRESETS["tiny"]["lambda_iterations"]
-    assert records[-1]["lambda"] == pytest.approx(0.1 * 2 / ramp)
-    skills = [json.loads(line) for line in (run / "mine" / "skills.jsonl").read_text().splitlines()]
+    ramp = PRESETS["tiny"]["lambda_iterations"]
+    assert [r.get("lambda") for r in records[-2:]] == pytest.approx([0.1 / ramp, 0.1 * 2 / ramp])
+    skills = read_jsonl(run / "mine" / "skills.jsonl")
     assert skills and any(s["n"] for s in skills)
-    from transformers import AutoModelForCausalLM
-
     AutoModelForCausalLM.from_pretrained(run / "distill" / "model")  # HF format
-
-    # every evaluation item exactly once, with the plain prompt and with skills
-    for extra in ("--checkpoint distill", "--checkpoint mine --skills", "--checkpoint init"):
-        call(monkeypatch, evaluate, f"--run t {extra}")
-    record = json.loads((run / "eval-valid_seen-distill.json").read_text())
-    assert sorted(record["items"]) == sorted(
-        str(p) for p in (games / "json_2.1.1" / "valid_seen").rglob("*.tw-pddl")
-    )
-    assert (
-        record["results"]["all"]["n"]
-        == 12
-        == sum(r["n"] for name, r in record["results"].items() if name != "all")
-    )
-    plot.draw(run, run / "plot.png")
-    assert (run / "plot.png").stat().st_size > 20_000
-    episode = json.loads((run / "episodes.jsonl").read_text().splitlines()[-1])
+    episode = read_jsonl(run / "episodes.jsonl")[-1]
     assert {"saw", "said", "did", "reward"} <= set(episode["steps"][0])
-    said = capsys.readouterr().out
-    assert (
-        "python mine.py --run t" in said
-        and "python distill.py --run t" in said
-        and "python evaluate.py --run t" in said
-    )
+    for script in ("mine", "distill", "evaluate"):
+        assert f"python {script}.py --run t" in said
 
 
-def test_all_phases_end_to_end_in_the_embedded_shop(tmp_path, monkeypatch, capsys):
+def test_evaluation_plays_every_item_once_plain_and_with_skills(finished, games):
+    for extra in ("--checkpoint distill", "--checkpoint mine --skills", "--checkpoint init"):
+        call(evaluate, f"--run t {extra}")
+    (path,) = finished.glob("eval-valid_seen-distill*.json")
+    record = json.loads(path.read_text())
+    items = (games / "json_2.1.1" / "valid_seen").rglob("*.tw-pddl")
+    assert sorted(record["items"]) == sorted(map(str, items))
+    results = record["results"]
+    assert results["all"]["n"] == 12
+    assert sum(r["n"] for name, r in results.items() if name != "all") == 12
+    (path,) = finished.glob("eval-valid_seen-mine-skills*.json")
+    assert json.loads(path.read_text())["skills"] is True
+
+
+def test_a_run_is_drawn(finished):
+    plot.draw(finished, finished / "plot.png")
+    assert (finished / "plot.png").stat().st_size > 20_000
+
+
+def test_evaluation_does_not_count_as_a_try_and_uses_active_skills_alone(config, monkeypatch):
+    bank = SkillBank(config)
+    for kind in alfworld.TASK_TYPES.values():
+        bank.skills += [Skill("c", "1", kind), Skill("c", "2", kind, status="active")]
+    played = []
+
+    def play(policy, config, groups, seed, **options):
+        played.extend(groups)
+        return []
+
+    monkeypatch.setattr(evaluate, "rollout", play)
+    items = common.envs.list_items("alfworld", "train", config.data)
+    evaluate.evaluate(None, config, items, 0.4, 0, bank)
+    assert len(played) == 12 and all(len(group) == 1 for group in played)
+    assert all(skill.status == "active" for (e,) in played for skill in e.skills)
+    assert all(e.skills for (e,) in played)
+    assert not any(skill.retrieved for skill in bank.skills)
+
+
+def test_all_phases_end_to_end_in_the_embedded_shop_with_internalization(
+    tmp_path, monkeypatch, capsys
+):
     """`--env webshop` alone selects the catalogue, the policy and the run's name."""
-    monkeypatch.chdir(tmp_path)
-    flags = SMALL.replace("--run t ", "").replace("--max_steps 12", "--max_steps 6")
-    for script in (warmup, mine, distill):
-        call(monkeypatch, script, f"--env webshop {flags}")
+    flags = SMALL.replace("--max_steps 8", "--max_steps 5").replace("--tasks 2", "--tasks 4")
+    run_phases(tmp_path, f"--env webshop {flags} --warmup_iterations 1")
     run = tmp_path / "runs" / "tiny-webshop"
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len(records) == 7 and all(r["logprob_gap"] < 1e-3 for r in records if r["rows"])
-    skills = [json.loads(line) for line in (run / "mine" / "skills.jsonl").read_text().splitlines()]
-    assert {s["bucket"] for s in skills} <= set(tiny_shop.CATEGORIES)
-    call(monkeypatch, evaluate, "--run tiny-webshop --eval_items 8")
-    record = json.loads((run / "eval-test-distill.json").read_text())
+    records = logged(run)
+    assert len(records) == 4 and all(r["logprob_gap"] < 1e-3 for r in records if r["rows"])
+    skills = read_jsonl(run / "mine" / "skills.jsonl")
+    assert skills and {s["bucket"] for s in skills} <= set(shop.CATEGORIES)
+    # what phase 2 is for did happen: some skill helped, and its actions went into the loss
+    distilled = records[-2:]
+    assert any(r["internalization_rows"] and r["gated_tokens"] for r in distilled)
+    assert any(r["internalization"] > 0 for r in distilled)
+    assert all(r["gated_share"] < 0.7 for r in distilled)  # thoughts are not internalized
+    assert not any(r["internalization_rows"] for r in records[:-2])
+    monkeypatch.chdir(tmp_path)
+    call(evaluate, "--run tiny-webshop --eval_items 8")
+    (path,) = run.glob("eval-test-distill*.json")
+    record = json.loads(path.read_text())
     assert len(record["items"]) == 8 and record["results"]["all"]["score"] >= 0
     assert "WebShop" not in capsys.readouterr().err
 
 
-def test_an_interrupted_phase_goes_on_from_its_last_save(games, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flags = f"{SMALL} --data {games}"
-    call(monkeypatch, warmup, flags)
-    straight = torch.load("runs/t/warmup/state.pt", weights_only=False)
+# --- what a phase does with skills ----------------------------------------------------------------
 
-    other = flags.replace("--run t", "--run u")
-    original, calls = common.Run.log, []
+
+def test_phase_2_uses_active_skills_and_no_candidates(finished):
+    lines = read_jsonl(finished / "mine" / "skills.jsonl")
+    lines = [line | {"status": "candidate", "n": 0} for line in lines]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (finished / "mine" / "skills.jsonl").write_text(text)
+    shutil.rmtree(finished / "distill")
+    call(distill, "--run t --distill_iterations 1")
+    last = logged(finished)[-1]
+    assert last["phase"] == "distill" and last["candidate"] == len(lines) > 0
+    assert last["paired_groups"] == 0 and last["success_skill"] is None
+
+
+def test_without_skills_both_phases_train_plain_gigpo(finished, capsys):
+    shutil.rmtree(finished / "mine")
+    shutil.rmtree(finished / "distill")
+    call(mine, "--run t --mine_episodes 0 --mine_iterations 1")
+    call(distill, "--run t --distill_iterations 1")
+    assert "no active skill: this phase trains plain GiGPO" in capsys.readouterr().out
+    for record in logged(finished)[-2:]:
+        assert record["internalization_rows"] == 0 and record["paired_groups"] == 0
+
+
+def test_skill_share_0_is_the_control_where_nothing_is_mined_or_paired(finished, games):
+    flags = "--run control --fork t --skill_share 0 --mine_iterations 1 --distill_iterations 1"
+    call(mine, flags)
+    call(distill, "--run control --skill_share 0 --distill_iterations 1")
+    for record in logged(finished.parent / "control")[-2:]:
+        assert record["paired_groups"] == 0 and record["success_skill"] is None
+        assert not any(name.startswith("mined") for name in record)
+    assert not read_jsonl(finished.parent / "control" / "mine" / "skills.jsonl")
+
+
+class FirstIteration:
+    """In the place of `Run`: one iteration, of a policy that nobody asks."""
+
+    resumed = False
+    source = Path()
+
+    def __init__(self, config, phase):
+        pass
+
+    def start(self, after):
+        return None, {"successes": []}
+
+    def iterations(self, last):
+        return [1]
+
+    def draw_tasks(self, k):
+        return ["item"]
+
+    def seed(self, k):
+        return 0
+
+
+def planned(script, flags, monkeypatch) -> dict:
+    """What the first iteration of a phase asks `plan_groups` for, and whether it mined."""
+    asked = {"mined": False}
+
+    def stop(items, config, **options):
+        asked.update({"members": config.group_size} | options)
+        raise InterruptedError
+
+    def note(*args):
+        asked["mined"] = True
+        return {}
+
+    monkeypatch.setattr(mine, "mine", note)
+    monkeypatch.setattr(script, "Run", FirstIteration)
+    monkeypatch.setattr(common, "plan_groups", stop)
+    Path("skills.jsonl").write_text("")
+    with pytest.raises(InterruptedError):
+        call(script, f"--group_size 4 {flags}")
+    return asked
+
+
+@pytest.mark.parametrize("script", [mine, distill])
+@pytest.mark.parametrize("share, skilled", [(0, 0), (0.25, 1), (0.5, 2), (1, 4)])
+def test_skill_share_is_the_share_of_a_group_that_carries_skills(
+    script, share, skilled, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    asked = planned(script, f"--skill_share {share}", monkeypatch)
+    assert (asked["members"], asked["skilled"]) == (4, skilled)
+
+
+def test_candidates_are_tried_while_mining_and_never_after(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert set(planned(mine, "", monkeypatch)["statuses"]) == {"candidate", "active"}
+    assert set(planned(distill, "", monkeypatch)["statuses"]) == {"active"}
+
+
+def test_the_control_asks_for_no_skill(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not planned(mine, "--skill_share 0", monkeypatch)["mined"]
+    assert planned(mine, "--skill_share 0.5", monkeypatch)["mined"]
+
+
+# --- mining ---------------------------------------------------------------------------------------
+
+
+def test_unparsable_summaries_are_counted(policy, config):
+    solved = [{"task": "t", "task_type": "pick", "iteration": 1, "steps": [["saw", "look"]]}] * 3
+    bank = SkillBank(config)
+    config.max_response_tokens = 3  # too short for any JSON
+    outcome = mine.mine(policy, config, bank, solved, 1, seed=0)
+    assert outcome == {"unparsable": 3} and not bank.skills
+    assert mine.mine(policy, config, bank, [], 1, seed=0) == {}
+
+
+def test_a_mined_skill_is_a_candidate_of_the_episodes_bucket(policy, config, monkeypatch):
+    text = '{"condition": "it is dark", "strategy": "use the lamp"}'
+    monkeypatch.setattr(mine, "write_summaries", lambda prompts, *_: [text] * len(prompts))
+    bank = SkillBank(config)
+    solved = [{"task": "t", "task_type": "look", "iteration": 1, "steps": [["saw", "use"]]}] * 2
+    outcome = mine.mine(policy, config, bank, solved, 3, seed=0)
+    assert outcome == {"added": 1, "duplicate": 1}
+    (skill,) = bank.skills
+    assert (skill.condition, skill.strategy) == ("it is dark", "use the lamp")
+    assert (skill.bucket, skill.status, skill.born) == ("look", "candidate", 3)
+
+
+def test_the_request_for_a_skill_names_the_active_ones_of_its_bucket(config):
+    bank = SkillBank(config)
+    bank.skills = [
+        Skill("it is dark", "s", "look", status="active"),
+        Skill("it is new", "s", "look"),
+        Skill("it is hot", "s", "heat", status="active"),
+    ]
+    episode = {"task": "t", "task_type": "look", "steps": [["saw this", "did that"]]}
+    prompt = mine.summary_prompt(episode, bank, config)
+    assert "saw: saw this did: did that" in prompt
+    assert "when it is dark" in prompt
+    assert "it is new" not in prompt and "it is hot" not in prompt
+
+
+def test_task_types_take_turns_and_the_newest_episodes_are_summarized():
+    stored = [{"task_type": "a", "number": i} for i in range(100)]
+    stored += [{"task_type": "b", "number": i} for i in range(3)]
+    chosen = mine.choose(stored, 8, seed=0)
+    assert [e["task_type"] for e in chosen] == ["a", "b"] * 3 + ["a", "a"]
+    assert all(e["number"] >= 68 for e in chosen if e["task_type"] == "a")
+    assert len({(e["task_type"], e["number"]) for e in chosen}) == 8
+    assert mine.choose(stored, 8, seed=0) == chosen != mine.choose(stored, 8, seed=1)
+    assert len(mine.choose(stored[-3:], 8, seed=0)) == 3
+
+
+# --- internalization rows -------------------------------------------------------------------------
+
+
+def internalized(episodes, policy, config, first=0.5, second=-0.5, advantages=None):
+    """Rows of the episodes where Delta_g is `first` and `second` for the two groups."""
+    deltas = {episodes[0].group: first, episodes[4].group: second}
+    advantages = advantages or [np.full(len(e.steps), 0.5) for e in episodes]
+    return distill.internalization_rows(episodes, advantages, deltas, policy.tokenizer, config)
+
+
+def test_internalization_pairs_the_plain_prompt_with_the_skilled_response(
+    paired_episodes, policy, config
+):
+    rows = internalized(paired_episodes, policy, config)
+    steps = [step for e in paired_episodes[:2] for step in e.steps]  # helped by their skill
+    assert len(rows) == len(steps) > 0
+    for row, step in zip(rows, steps):
+        assert row.prompt_ids == step.plain_ids != step.prompt_ids
+        assert "Experience that may help" not in policy.tokenizer.decode(row.prompt_ids)
+        assert row.response_ids == step.response_ids
+        assert row.internalize and row.delta == 0.5
+        action = [i for i, on in zip(row.response_ids, row.action_mask) if on]
+        assert policy.tokenizer.decode(action).startswith(step.action)
+        assert len(action) < len(row.response_ids)
+
+
+def test_neither_the_plain_arm_nor_a_useless_skill_is_internalized(paired_episodes, policy, config):
+    assert not internalized(paired_episodes, policy, config, first=0.0, second=-0.5)
+    plain = [dataclasses.replace(e, skills=()) for e in paired_episodes]
+    assert not internalized(plain, policy, config, first=1.0, second=1.0)
+    unpaired = distill.internalization_rows(
+        paired_episodes, [np.ones(len(e.steps)) for e in paired_episodes], {}, None, config
+    )
+    assert not unpaired
+
+
+def test_steps_without_merit_are_rows_too_and_weigh_nothing(paired_episodes, policy, config):
+    """They count in the mean of L_int: every gated step is a row."""
+    advantages = [np.full(len(e.steps), 0.5) for e in paired_episodes]
+    advantages[0][0] = -1.0
+    advantages[0][1] = 0.0
+    rows = internalized(paired_episodes, policy, config, advantages=advantages)
+    assert len(rows) == sum(len(e.steps) for e in paired_episodes[:2])
+    assert [row.advantage for row in rows[:3]] == [-1.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("normalize_std, sigma", [(True, 1.0), (False, 10.0)])
+def test_the_weight_is_the_advantage_in_units_of_its_scale(
+    paired_episodes, policy, config, normalize_std, sigma
+):
+    """Without the division by the std, advantages are as large as the reward and w would be c."""
+    config.normalize_std = normalize_std
+    rows = internalized(paired_episodes, policy, config)
+    assert {row.advantage for row in rows} == {0.5 / sigma}
+
+
+def test_ablations_of_internalization_each_open_one_thing(paired_episodes, policy, config):
+    harmful = {"first": -0.5, "second": -0.5}
+    config.internalize_gate = "none"
+    rows = internalized(paired_episodes, policy, config, **harmful)
+    assert len(rows) == sum(len(e.steps) for e in paired_episodes if e.skills)
+    assert all(row.delta > 0 for row in rows)
+    config.internalize_gate = "delta"
+    config.internalize_tokens = "response"
+    rows = internalized(paired_episodes, policy, config)
+    assert rows and all(all(row.action_mask) for row in rows)
+    assert {row.advantage for row in rows} == {0.5}
+    config.internalize_weight = "one"
+    assert {row.advantage for row in internalized(paired_episodes, policy, config)} == {1.0}
+    assert not internalized(paired_episodes, policy, config, **harmful)
+
+
+# --- interruptions and configs --------------------------------------------------------------------
+
+
+def test_an_interrupted_phase_goes_on_from_its_last_save(finished, games, monkeypatch):
+    straight = torch.load(finished / "warmup" / "state.pt", weights_only=False)
+    other = f"--run u {SMALL} --data {games}"
+    original = Run.log
+    calls = []
 
     def stop_in_the_second_iteration(*args):
         calls.append(1)
@@ -102,38 +387,50 @@ def test_an_interrupted_phase_goes_on_from_its_last_save(games, tmp_path, monkey
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(common.Run, "log", stop_in_the_second_iteration)
+    monkeypatch.setattr(Run, "log", stop_in_the_second_iteration)
     with pytest.raises(KeyboardInterrupt):
-        call(monkeypatch, warmup, other)
+        call(warmup, other)
     with pytest.raises(UserError, match="not finished"):
-        call(monkeypatch, mine, "--run u")
-    monkeypatch.setattr(common.Run, "log", original)
-    call(monkeypatch, warmup, other)
+        call(mine, "--run u")
+    monkeypatch.setattr(Run, "log", original)
+    call(warmup, other)
     resumed = torch.load("runs/u/warmup/state.pt", weights_only=False)
     moments = [state.pop("optimizer")["state"] for state in (straight, resumed)]
     assert resumed == straight  # iteration, successes, finished
     assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[0])
-    lines = [json.loads(line) for line in Path("runs/u/metrics.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [1, 2]
+    assert [line["iteration"] for line in logged(Path("runs/u"))] == [1, 2]
 
 
 def test_phases_in_the_wrong_order_name_the_script_to_run(games, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    flags = f"--run t {SMALL} --data {games}"
     with pytest.raises(UserError, match="python warmup.py --run t"):
-        call(monkeypatch, mine, f"{SMALL} --data {games}")
+        call(mine, flags)
     with pytest.raises(UserError, match="python mine.py --run t"):
-        call(monkeypatch, distill, f"{SMALL} --data {games}")
+        call(distill, flags)
     with pytest.raises(UserError, match="--checkpoint init"):
-        call(monkeypatch, evaluate, f"--run t --data {games}")
+        call(evaluate, f"--run t --data {games}")
 
 
-def test_a_run_folder_keeps_its_config(games, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    call(monkeypatch, warmup, f"{SMALL} --data {games} --warmup_iterations 1")
+def test_a_run_folder_keeps_its_config(finished, games):
     with pytest.raises(UserError, match="made with --lr"):
-        call(monkeypatch, warmup, f"{SMALL} --data {games} --warmup_iterations 1 --lr 0.5")
+        call(warmup, f"--run t {SMALL} --data {games} --lr 0.5")
     with pytest.raises(UserError, match="made with --model"):
-        call(monkeypatch, mine, "--run t --model other/model")
+        call(mine, "--run t --model other/model")
+
+
+def test_tasks_and_seeds_are_functions_of_seed_phase_and_iteration(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config.tasks = 4
+
+    def drawn(phase, k, **changes):
+        run = Run(dataclasses.replace(config, **changes), phase)
+        return tuple(run.draw_tasks(k)), run.seed(k)
+
+    base = drawn("mine", 1)
+    assert base == drawn("mine", 1) and len(set(base[0])) == 4
+    others = [drawn("mine", 2), drawn("distill", 1), drawn("mine", 1, seed=1)]
+    assert all(tasks != base[0] and seed != base[1] for tasks, seed in others)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +444,9 @@ def test_a_run_folder_keeps_its_config(games, tmp_path, monkeypatch):
         ("--data /nowhere", "run alfworld-download, or set ALFWORLD_DATA or --data"),
         ("--device cuda", "no CUDA device"),
         ("--max_prompt_tokens 50", "raise --max_prompt_tokens (50 now)"),
+        ("--group_size 0", "--group_size 0: must be 1 at least"),
+        ("--skill_share 2", "--skill_share 2.0: must be 0 to 1"),
+        ("--lr many", "invalid float value: 'many'"),
     ],
 )
 def test_wrong_input_ends_with_one_line_and_no_traceback(
@@ -157,7 +457,7 @@ def test_wrong_input_ends_with_one_line_and_no_traceback(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["warmup.py", "--data", str(games), *flags.split()])
     with pytest.raises(SystemExit) as exit:
-        common.run_script(warmup.main)
+        run_script(warmup.main)
     printed = capsys.readouterr().err.strip().split("\r")[-1].strip().split("\n")
     assert exit.value.code == 2 and message in printed[-1] and printed[-1].startswith("error: ")
     assert "Traceback" not in "".join(printed)
@@ -167,48 +467,8 @@ def test_help_is_the_documentation():
     out = subprocess.run(
         [sys.executable, ROOT / "warmup.py", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    for field in dataclasses.fields(common.Config):
+    for field in dataclasses.fields(Config):
         assert f"--{field.name}" in out and field.metadata["help"]
-
-
-def test_unparsable_summaries_are_counted(policy, config):
-    model, tokenizer = policy
-    solved = [{"task": "t", "task_type": "pick", "iteration": 1, "steps": [["saw", "look"]]}] * 3
-    bank = common.SkillBank(config)
-    config.max_response_tokens = 3  # too short for any JSON
-    outcome = mine.mine(model, tokenizer, config, bank, solved, 1, seed=0)
-    assert outcome == {"unparsable": 3} and not bank.skills
-    assert mine.mine(model, tokenizer, config, bank, [], 1, seed=0) == {}
-
-
-def test_distillation_rows_pair_the_plain_prompt_with_the_skilled_response(
-    episodes, policy, config
-):
-    tokenizer, skill = policy[1], common.Skill("c", "s", "pick")
-    episodes[0].skills = episodes[4].skills = (skill,)
-    advantages = [[0.5] * len(e.steps) for e in episodes]
-    advantages[0][0] = -1.0
-    rows = distill.distillation_rows(
-        episodes, advantages, {episodes[0].group: 0.5, episodes[4].group: -0.5}, tokenizer, config
-    )
-    assert (
-        len(rows) == len(episodes[0].steps) - 1
-    )  # neither the plain arm, nor a harmful group, nor a bad step
-    assert all(isinstance(r, Row) and r.distill and r.utility == 0.5 for r in rows)
-    assert (
-        rows[0].prompt_ids == episodes[0].steps[1].plain_ids
-        and rows[0].response_ids == episodes[0].steps[1].response_ids
-    )
-
-
-def test_no_active_skill_means_plain_gigpo(games, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    flags = f"{SMALL} --data {games} --mine_episodes 0"
-    for script in (warmup, mine, distill):
-        call(monkeypatch, script, flags)
-    assert "no active skill: this phase trains plain GiGPO" in capsys.readouterr().out
-    last = json.loads((Path("runs/t/metrics.jsonl")).read_text().splitlines()[-1])
-    assert last["distill_rows"] == 0 and last["paired_groups"] == 0
 
 
 def test_out_of_memory_is_one_line_that_names_the_flags_to_lower(capsys):
@@ -216,6 +476,41 @@ def test_out_of_memory_is_one_line_that_names_the_flags_to_lower(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore lines")
 
     with pytest.raises(SystemExit) as stop:
-        common.run_script(main)
+        run_script(main)
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and "lower --micro_tokens (update) or --generation_rows" in line
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def test_wilson_interval():
+    low, high = evaluate.wilson(119, 128)
+    assert (round(low, 3), round(high, 3)) == (0.872, 0.963)
+    assert evaluate.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_the_table_counts_each_episode_in_its_type_and_in_all(paired_episodes):
+    episodes = copy.deepcopy(paired_episodes)
+    for number, episode in enumerate(episodes):
+        episode.task_type = "ab"[number % 2]
+        episode.success = number % 4 == 0
+        episode.score = 0.5
+    table = evaluate.table(episodes)
+    assert {name: (r["solved"], r["n"]) for name, r in table.items()} == {
+        "a": (2, 4),
+        "b": (0, 4),
+        "all": (2, 8),
+    }
+    assert table["all"]["success"] == 0.25 and table["all"]["score"] == 0.5
+    assert table["all"]["steps"] == 4
+
+
+def test_evaluation_refuses_items_that_were_trained_on(config):
+    config.split = "train"
+    choice = evaluate.Evaluation()
+    assert len(evaluate.choose_items(config, choice, "valid_seen")) == 12
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alfworld, "identity", lambda item, rules: ("the same",))
+        with pytest.raises(UserError, match="in train and valid_seen both"):
+            evaluate.choose_items(config, choice, "valid_seen")

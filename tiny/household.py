@@ -3,7 +3,7 @@
 The games are written in the domain and grammar of the `alfworld` package, so stock ALFWorld plays
 them too; `write_games` makes them in seconds where they are missing.
 
-The lessons are demonstrations by a deliberately ignorant demonstrator, three things an instruct
+The lessons are demonstrations by a deliberately ignorant demonstrator of three things an instruct
 model would know: to act from the plain prompt, imperfectly (it knows the moves, but often forgets
 to clean, heat or cool, or takes the wrong appliance for it, and forgets the second object or the
 lamp); to act on a skill written in the prompt, right or wrong; and to summarize an episode it is
@@ -13,12 +13,16 @@ shown as a condition and a strategy. What it does not know, the three phases fin
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import envs
+from config import PRESETS
 from worlds import alfworld
 
-GAMES = Path("runs/tiny-games")  # as $ALFWORLD_DATA: json_2.1.1/<split>/<task>/<trial>/game.tw-pddl
+# as $ALFWORLD_DATA: json_2.1.1/<split>/<task>/<trial>/game.tw-pddl
+GAMES = Path(PRESETS["tiny"]["data"])
+OBS_CHARS = PRESETS["tiny"]["mine_obs_chars"]  # of an observation in the prompt for a summary
 SPLITS = {"train": 900, "valid_seen": 480}  # games of each split, one task type after the other
 
 # --------------------------------------------------------------------------------------------------
@@ -59,43 +63,54 @@ NEEDS = {  # task type: the trait its object must have
     "pick_heat_then_place_in_recep": "Heatable",
     "pick_cool_then_place_in_recep": "Coolable",
 }
-TRAITS = {
-    "Cleanable": "cleanable",
-    "Heatable": "heatable",
-    "Coolable": "coolable",
-    "Sliceable": "sliceable",
-}
+TRAITS = ("Cleanable", "Heatable", "Coolable", "Sliceable")  # that the games declare
 
 
-def make_game(task_type: str, rng: random.Random, number: int) -> tuple:
-    """One random solvable game -> (its folder under a split, the content of game.tw-pddl, of
-    traj_data.json).
+@dataclass
+class Room:
+    """A room and the task in it, everything by its type."""
 
-    A room of 6 to 9 receptacles, zero to three objects in each, written in the domain and grammar
-    of the alfworld package; the walkthrough is found by a planner that sees everything and proved
-    by playing it.
-    """
+    kind: str
+    receptacles: list
+    target: str  # the object of the task
+    goal: str  # the receptacle where it must go; unused where there is a lamp
+    lamp: str  # to look at it; "" in other tasks
+    placed: list  # (object, number of its receptacle)
+
+
+def contents() -> dict:
+    """Receptacle type -> the objects of the vocabulary that may lie in it, sorted."""
     from alfworld.gen import constants
-    from alfworld.gen.goal_library import gdict
-    from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
 
-    allowed = constants.VAL_RECEPTACLE_OBJECTS
-    holds = {r: sorted(OBJECTS & objects) for r, objects in allowed.items()}  # of each receptacle
-    room = rng.choice(ROOMS_OF[task_type])
-    always, optional = (names.split() for names in ROOMS[room])
-    receptacles = always + rng.sample(optional, min(len(optional), rng.randint(6, 9) - len(always)))
-    kinds = sorted(set(receptacles))
+    return {r: sorted(OBJECTS & objects) for r, objects in constants.VAL_RECEPTACLE_OBJECTS.items()}
 
-    # the task: an object type, where it must go, and for "look" the lamp
-    lamp = rng.choice(["DeskLamp", "FloorLamp"]) if task_type == "look_at_obj_in_light" else ""
-    fits = constants.VAL_ACTION_OBJECTS.get(NEEDS.get(task_type), None)
-    choices = [
-        (o, goal)
-        for goal in kinds
-        for o in holds[goal]
-        if (fits is None or o in fits) and any(o in holds[r] for r in kinds if r != goal)
-    ]
-    target, goal = rng.choice(choices)
+
+def possible_tasks(task_type, receptacles) -> list:
+    """(object, receptacle where it must go), of objects that can also lie elsewhere in the room."""
+    from alfworld.gen import constants
+
+    holds = contents()
+    fits = constants.VAL_ACTION_OBJECTS.get(NEEDS.get(task_type))  # None: any object
+    tasks = []
+    for goal in receptacles:
+        for target in holds[goal]:
+            elsewhere = any(target in holds[r] for r in receptacles if r != goal)
+            if elsewhere and (fits is None or target in fits):
+                tasks.append((target, goal))
+    return tasks
+
+
+def draw_room(task_type, rng) -> Room:
+    """6 to 9 receptacles, zero to three objects in each, and a task that can be solved."""
+    holds = contents()
+    kind = rng.choice(ROOMS_OF[task_type])
+    always, optional = (names.split() for names in ROOMS[kind])
+    more = rng.randint(6, 9) - len(always)
+    receptacles = always + rng.sample(optional, min(len(optional), more))
+    lamp = ""
+    if task_type == "look_at_obj_in_light":
+        lamp = rng.choice(["DeskLamp", "FloorLamp"])
+    target, goal = rng.choice(possible_tasks(task_type, sorted(set(receptacles))))
     elsewhere = [i for i, r in enumerate(receptacles) if r != goal and target in holds[r]]
     copies = 2 if task_type == "pick_two_obj_and_place" else 1
     placed = [(target, rng.choice(elsewhere)) for _ in range(copies)]
@@ -103,85 +118,113 @@ def make_game(task_type: str, rng: random.Random, number: int) -> tuple:
         placed.append((lamp, rng.randrange(len(receptacles))))
     for i, r in enumerate(receptacles):
         others = [o for o in holds[r] if o != target]
-        placed += [(rng.choice(others), i) for _ in range(rng.randint(0, 3)) if others]
+        count = rng.randint(0, 3)
+        if others:
+            placed += [(rng.choice(others), i) for _ in range(count)]
+    return Room(kind, receptacles, target, goal, lamp, placed)
 
-    def identify(kind, suffix=""):  # an ALFRED-style id, Mug|+01.23|-00.45|+02.10
-        signs = rng.choices(["plus", "minus"], k=3)
-        where = [
-            f"_bar__{sign}_{rng.randint(0, 3):02d}_dot_{rng.randint(0, 99):02d}" for sign in signs
-        ]
-        return kind.removesuffix("Basin") + "".join(where) + suffix
 
-    r_ids = [identify(r, "_bar_" + r if r.endswith("Basin") else "") for r in receptacles]
-    o_ids = [identify(o) for o, _ in placed]
-    spots = [
-        f"loc_bar_{i}_bar_{rng.randint(1, 9)}_bar_{rng.randint(0, 3)}_bar_60"
-        for i in range(len(receptacles))
-    ]
+def identify(kind, rng) -> str:
+    """An ALFRED-style id, `Mug|+01.23|-00.45|+02.10` as PDDL writes it."""
+    signs = rng.choices(["plus", "minus"], k=3)
+    where = ""
+    for sign in signs:
+        where += f"_bar__{sign}_{rng.randint(0, 3):02d}_dot_{rng.randint(0, 99):02d}"
+    return kind.removesuffix("Basin") + where + (f"_bar_{kind}" if kind.endswith("Basin") else "")
+
+
+def write_problem(room: Room, rng, number) -> str:
+    """The room as a PDDL problem, up to its goal."""
+    from alfworld.gen import constants
+
+    holds = contents()
+    r_ids = [identify(r, rng) for r in room.receptacles]
+    o_ids = [identify(o, rng) for o, _ in room.placed]
+    spots = []
+    for i in range(len(room.receptacles)):
+        spots.append(f"loc_bar_{i}_bar_{rng.randint(1, 9)}_bar_{rng.randint(0, 3)}_bar_60")
     start = "loc_bar_0_bar_0_bar_0_bar_30"
+    r_kinds = sorted(set(room.receptacles))
+    o_kinds = sorted({room.target, *(o for o, _ in room.placed)})
+
     facts = [f"(atLocation agent1 {start})"]
-    for r, r_id, spot in zip(receptacles, r_ids, spots):
-        facts += [f"(receptacleType {r_id} {r}Type)", f"(receptacleAtLocation {r_id} {spot})"]
-        facts += [f"(openable {r_id})"] if r in constants.OPENABLE_CLASS_LIST else []
-    for (o, i), o_id in zip(placed, o_ids):
-        facts += [
-            f"(objectType {o_id} {o}Type)",
-            f"(inReceptacle {o_id} {r_ids[i]})",
-            f"(objectAtLocation {o_id} {spots[i]})",
-        ]
-        facts += [f"(toggleable {o_id})"] if o == lamp else [f"(pickupable {o_id})"]
-        facts += [f"({TRAITS[t]} {o_id})" for t in TRAITS if o in constants.VAL_ACTION_OBJECTS[t]]
-    object_kinds = sorted({o for o, _ in placed} | {target})
-    facts += [f"(canContain {r}Type {o}Type)" for r in kinds for o in object_kinds if o in holds[r]]
+    for r, r_id, spot in zip(room.receptacles, r_ids, spots):
+        facts.append(f"(receptacleType {r_id} {r}Type)")
+        facts.append(f"(receptacleAtLocation {r_id} {spot})")
+        if r in constants.OPENABLE_CLASS_LIST:
+            facts.append(f"(openable {r_id})")
+    for (o, i), o_id in zip(room.placed, o_ids):
+        facts.append(f"(objectType {o_id} {o}Type)")
+        facts.append(f"(inReceptacle {o_id} {r_ids[i]})")
+        facts.append(f"(objectAtLocation {o_id} {spots[i]})")
+        facts.append(f"(toggleable {o_id})" if o == room.lamp else f"(pickupable {o_id})")
+        traits = [t for t in TRAITS if o in constants.VAL_ACTION_OBJECTS[t]]
+        facts += [f"({trait.lower()} {o_id})" for trait in traits]
+    for r in r_kinds:
+        facts += [f"(canContain {r}Type {o}Type)" for o in o_kinds if o in holds[r]]
+
     objects = {
         "agent": ["agent1"],
         "location": [start, *spots],
         "receptacle": r_ids,
         "object": o_ids,
-        "rtype": [f"{r}Type" for r in sorted({*kinds, "SinkBasin", "Microwave", "Fridge"})],
-        "otype": [f"{o}Type" for o in sorted({*object_kinds, "Knife", "ButterKnife"})],
+        "rtype": [f"{r}Type" for r in sorted({*r_kinds, "SinkBasin", "Microwave", "Fridge"})],
+        "otype": [f"{o}Type" for o in sorted({*o_kinds, "Knife", "ButterKnife"})],
     }
-    declared = "\n".join(
-        f"    {name} - {kind}" for kind, names in objects.items() for name in names
-    )
-    wish = gdict[task_type]["pddl"].format(obj=target, recep=goal, toggle=lamp).replace("#", "-")
-    task = rng.choice(gdict[task_type]["templates"]).format(
-        obj=target.lower(), recep=goal.lower(), toggle=lamp.lower()
-    )
-    problem = (
-        f"(define (problem tiny_{number})\n(:domain alfred)\n(:objects\n{declared}\n)\n(:init\n    "
-    )
-    problem += "\n    ".join(facts) + f"\n)\n{wish}"
-    folder = f"{task_type}-{target}-None-{lamp or goal}-{number}/trial_T{number:08d}"
+    lines = [f"(define (problem tiny_{number})", "(:domain alfred)", "(:objects"]
+    for kind, names in objects.items():
+        lines += [f"    {name} - {kind}" for name in names]
+    lines += [")", "(:init", *(f"    {fact}" for fact in facts), ")"]
+    return "\n".join(lines)
+
+
+def make_game(task_type: str, rng: random.Random, number: int) -> tuple:
+    """One random solvable game -> (its folder under a split, the content of game.tw-pddl, of
+    traj_data.json).
+
+    It is written in the domain and grammar of the alfworld package; the walkthrough is found by a
+    planner that sees everything and proved by playing it.
+    """
+    from alfworld.gen.goal_library import gdict
+    from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+
+    room = draw_room(task_type, rng)
+    problem = write_problem(room, rng, number)
+    names = {"obj": room.target, "recep": room.goal, "toggle": room.lamp}
+    wish = gdict[task_type]["pddl"].format(**names).replace("#", "-")
+    spoken = {name: word.lower() for name, word in names.items()}
+    task = rng.choice(gdict[task_type]["templates"]).format(**spoken)
+    end = room.lamp or room.goal
+    folder = f"{task_type}-{room.target}-None-{end}-{number}/trial_T{number:08d}"
     data = {
         "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(),
         "grammar": Path(ALFRED_TWL2_PATH).read_text().replace("UNKNOWN GOAL", task),
-        "pddl_problem": problem,
+        "pddl_problem": f"{problem}\n{wish}",
         "solvable": True,
     }
     data["walkthrough"] = solve(alfworld.parse_game(data, f"{folder}/game.tw-pddl"))
-    params = {
-        "object_target": target,
-        "parent_target": "" if lamp else goal,
-        "toggle_target": lamp,
-        "mrecep_target": "",
-    }
     trajectory = {
         "task_type": task_type,
         "task_id": folder,
-        "scene": {"floor_plan": room},
-        "pddl_params": params,
+        "scene": {"floor_plan": room.kind},
+        "pddl_params": {
+            "object_target": room.target,
+            "parent_target": "" if room.lamp else room.goal,
+            "toggle_target": room.lamp,
+            "mrecep_target": "",
+            "object_sliced": False,
+        },
+        "turk_annotations": {"anns": [{"task_desc": task}]},
     }
-    trajectory["pddl_params"]["object_sliced"] = False
-    trajectory["turk_annotations"] = {"anns": [{"task_desc": task}]}
     return folder, data, trajectory
 
 
 def solve(game: alfworld.Game) -> list:
     """The natural solution, by someone who sees into every receptacle; proved by playing it."""
-    env, plan = alfworld.AlfWorld(game), []
+    env = alfworld.AlfWorld(game)
     obs = env.reset()
     kind, target, place = game.goal
+    plan = []
 
     def do(action):
         nonlocal obs
@@ -189,39 +232,45 @@ def solve(game: alfworld.Game) -> list:
         plan.append(action)
         obs = env.step(action)[0]
 
-    def go(r):  # stand at r with it open
-        if f"go to {game.name[r]}" in obs.admissible:
+    def go(r):
+        if f"go to {game.name[r]}" in obs.admissible:  # else it stands here
             do(f"go to {game.name[r]}")
+
+    def reach_into(r):
+        go(r)
         if f"open {game.name[r]}" in obs.admissible:
             do(f"open {game.name[r]}")
 
-    whole = {o: r for r, objects in game.inside.items() for o in objects}
-    wanted = [
-        o for o in sorted(whole) if target in game.otype[o] and place not in game.rtype[whole[o]]
-    ]
+    place_of = {o: r for r, objects in game.inside.items() for o in objects}
+    wanted = [o for o in sorted(place_of) if target in game.otype[o]]
+    wanted = [o for o in wanted if place not in game.rtype[place_of[o]]]
     goals = sorted(r for r in game.rtype if place in game.rtype[r])
-    for o in wanted[: 2 if kind == "pick2" else 1]:
-        go(whole[o])
-        do(f"take {game.name[o]} from {game.name[whole[o]]}")
+    if kind != "pick2":
+        wanted = wanted[:1]
+    for o in wanted[:2]:
+        reach_into(place_of[o])
+        do(f"take {game.name[o]} from {game.name[place_of[o]]}")
         if kind == "look":
-            lamp = next(o for o in sorted(whole) if place in game.otype[o])
-            go(whole[lamp])
+            lamp = next(o for o in sorted(place_of) if place in game.otype[o])
+            reach_into(place_of[lamp])
             do(f"use {game.name[lamp]}")
             break
         for verb, _, types in game.appliances:
             if verb == kind:
                 appliance = next(r for r in sorted(game.rtype) if game.rtype[r] & types)
-                if f"go to {game.name[appliance]}" in obs.admissible:
-                    do(f"go to {game.name[appliance]}")
+                go(appliance)
                 do(f"{verb} {game.name[o]} with {game.name[appliance]}")
-        go(goals[0])
+        reach_into(goals[0])
         do(f"move {game.name[o]} to {game.name[goals[0]]}")
     assert env.won, f"{game.path}: the walkthrough does not win"
     return plan
 
 
 def write_games(root: Path = GAMES, splits=SPLITS, seed: int = 0) -> Path:
-    """Write the missing splits under `root`, deterministic from the seed."""
+    """Write the missing splits under `root`, deterministic from the seed -> `root`.
+
+    splits   {split: how many games}, one task type after the other
+    """
     for split, count in splits.items():
         folder = root / "json_2.1.1" / split
         if len(list(folder.glob("*/*/game.tw-pddl"))) >= count:
@@ -242,6 +291,7 @@ def write_games(root: Path = GAMES, splits=SPLITS, seed: int = 0) -> Path:
 # --------------------------------------------------------------------------------------------------
 
 VERB_AT = {"sinkbasin": "clean", "microwave": "heat", "fridge": "cool"}
+APPLIANCE_FOR = {verb: appliance for appliance, verb in VERB_AT.items()}
 CONDITIONS = {
     "pick": ["the task is to put an object somewhere", "one object has to be put in a place"],
     "look": [
@@ -253,6 +303,11 @@ CONDITIONS = {
     "cool": ["the task asks for a cool object", "the object has to be cool"],
     "pick2": ["the task asks for two objects", "two objects have to be put in one place"],
 }
+
+
+def kind_of(name: str) -> str:
+    """The name of a thing without its number: "mug 2" -> "mug"."""
+    return name.rsplit(" ", 1)[0]
 
 
 def strategy_text(kind, appliance=None, complete=True, search="") -> str:
@@ -268,17 +323,19 @@ def strategy_text(kind, appliance=None, complete=True, search="") -> str:
     return f"{first}find the object, take it and put it in its place"
 
 
-RIGHT = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
-
-
 def habits(kind, rng, knows=0.0) -> dict:
     """The ignorant demonstrator's plan. It often forgets the second object or the lamp; of the
     appliance it knows nothing (knows = 0), or the right one that often, else it mostly forgets it.
     """
-    appliance = rng.choice(list(VERB_AT)) if kind in RIGHT else None
-    if knows and kind in RIGHT:
+    appliance = None
+    if kind in APPLIANCE_FOR:
+        appliance = rng.choice(list(VERB_AT))
+    if kind in APPLIANCE_FOR and knows:
         draw = rng.random()
-        appliance = RIGHT[kind] if draw < knows else (None if draw < 0.9 else appliance)
+        if draw < knows:
+            appliance = APPLIANCE_FOR[kind]
+        elif draw < 0.9:
+            appliance = None
     complete = rng.random() < (0.3 if knows else 0.4)
     return {"appliance": appliance, "complete": complete, "search": ""}
 
@@ -301,149 +358,212 @@ def thought(obs, target, held) -> str:
     """What the tiny policy thinks: what it wants, and whether it is in sight. No plan."""
     if held:
         return f"I hold {held}"
-    seen = [a for a in obs.admissible if a.startswith(f"take {target} ")]
-    number = seen[0].split(" from ")[0].rsplit(" ", 1)[1] if seen else ", not here"
-    return f"I want {target}{'' if not seen else ' '}{number}"
+    for action in obs.admissible:
+        if action.startswith(f"take {target} "):
+            taken = action.removeprefix("take ").split(" from ")[0]
+            return f"I want {taken}"
+    return f"I want {target}, not here"
+
+
+class Demonstrator:
+    """Chooses its moves from what can be seen, by a plan as `habits` or `follow` makes it.
+
+    It searches the receptacles in the listed order, a ring, from a random one, and sometimes does
+    not open a closed one.
+    """
+
+    def __init__(self, goal, plan, ring, rng):
+        self.kind, self.target, self.place = (word.removesuffix("type") for word in goal)
+        self.plan = plan
+        self.ring = ring
+        self.rng = rng
+        self.at = rng.randrange(len(ring))  # place in the ring
+        self.here = None  # the receptacle it went to last
+        search = plan["search"]
+        self.first = [r for r in ring if search and kind_of(r) == search]  # before the ring
+        self.opened = set()  # or left closed
+        self.placed = set()  # "take mug 1" of what it has put away
+        self.treated = False  # the object in hand was cleaned, heated or cooled
+        self.done = False  # or so it believes
+        self.idle = 0  # looks since then
+
+    def choose(self, obs, held) -> str:
+        """The next action; held: the name of the object in hand, or None."""
+        if self.done:
+            self.idle += 1
+            action = "look"
+        elif held is None:
+            action = self.search(obs)
+        elif self.kind == "look":
+            action = self.use_lamp(obs, held)
+        elif self.plan["appliance"] and not self.treated:
+            action = self.treat(obs)
+        else:
+            action = self.put_away(obs, held)
+        return action if action in obs.admissible else "look"
+
+    def slip(self, obs) -> str:
+        """A random move, or one that the game may not admit."""
+        quiet = [a for a in obs.admissible if a.startswith(("go to", "open", "close", "look"))]
+        spot = self.here or self.ring[0]
+        wrong = [f"take {self.target} 1 from {spot}", f"go to {spot}", f"go to {kind_of(spot)} 3"]
+        return self.rng.choice([self.rng.choice(quiet), self.rng.choice(wrong)])
+
+    def arrive(self, receptacle):
+        self.here = receptacle
+        self.at = self.ring.index(receptacle)
+
+    def search(self, obs) -> str:
+        """Take the object, else open what is here, else go on."""
+        offers = [a for a in obs.admissible if a.startswith(f"take {self.target} ")]
+        offers = [a for a in offers if a.split(" from ")[0] not in self.placed]
+        if offers:
+            return offers[0]
+        if self.can_open(obs) and self.here not in self.opened:
+            self.opened.add(self.here)
+            if self.rng.random() < 0.9:
+                return f"open {self.here}"
+        if self.first:
+            return f"go to {self.first.pop(0)}"
+        return self.go_on()
+
+    def use_lamp(self, obs, held) -> str:
+        if not self.plan["complete"]:
+            self.done = True
+            return f"examine {held}"
+        lamps = [a for a in obs.admissible if a.startswith("use ")]
+        return lamps[0] if lamps else self.go_on()
+
+    def treat(self, obs) -> str:
+        """Clean, heat or cool what is in hand, with the appliance of the plan."""
+        appliance = self.plan["appliance"]
+        offers = [a for a in obs.admissible if a.startswith(VERB_AT[appliance] + " ")]
+        if offers:
+            self.treated = True
+            return offers[0]
+        if self.is_at(appliance):  # this object cannot be treated here
+            self.treated = True
+            return self.travel(self.place)
+        return self.travel(appliance)
+
+    def put_away(self, obs, held) -> str:
+        if not self.is_at(self.place):
+            return self.travel(self.place)
+        moves = [a for a in obs.admissible if a.startswith("move ")]
+        if moves:
+            self.placed.add(f"take {held}")
+            one_more = self.kind == "pick2" and self.plan["complete"] and len(self.placed) < 2
+            self.done = not one_more
+            self.treated = False
+            return moves[0]
+        return f"open {self.here}" if self.can_open(obs) else self.travel(self.place)
+
+    def is_at(self, kind) -> bool:
+        return self.here is not None and kind_of(self.here) == kind
+
+    def can_open(self, obs) -> bool:
+        return self.here is not None and f"open {self.here}" in obs.admissible
+
+    def travel(self, kind) -> str:
+        """Towards the first receptacle of a kind."""
+        goals = sorted(r for r in self.ring if kind_of(r) == kind)
+        return f"go to {goals[0]}" if goals else "look"
+
+    def go_on(self) -> str:
+        """To the next receptacle of the ring that is not this one."""
+        self.at = (self.at + 1) % len(self.ring)
+        following = self.ring[self.at]
+        if following == self.here:
+            following = self.ring[(self.at + 1) % len(self.ring)]
+        return f"go to {following}"
 
 
 def demonstrate(env, plan, rng, max_steps=20):
-    """Play one episode by `plan` from what can be seen -> [(observation, thought, action, slip)],
-    and whether it was solved. Slips are random or wrong moves, to show how to go on after one.
+    """Play one episode by `plan` -> ([(observation, thought, action, slip)], solved).
 
-    The search goes through the receptacles in the listed order from a random one, sometimes not
-    opening a closed one; an episode the demonstrator believes to be finished goes on with a few
-    idle looks.
+    Slips are random or wrong moves, to show how to go on after one. An episode the demonstrator
+    believes to be finished goes on with a few idle looks.
     """
-    obs, game = env.reset(), env.game
-    kind, target, place = (word.removesuffix("type") for word in game.goal)
-    placed, done, worked, opened, idle, steps = set(), False, False, set(), 0, []
+    obs = env.reset()
     ring = [a.removeprefix("go to ") for a in obs.admissible if a.startswith("go to ")]
-    at = rng.randrange(len(ring))
-    first = [r for r in ring if plan["search"] and r.startswith(plan["search"] + " ")]
-    kind_of = lambda name: name.rsplit(" ", 1)[0]  # noqa: E731
-
-    def travel(goal_kind):  # the next move towards a receptacle of that kind
-        goals = sorted(r for r in ring if kind_of(r) == goal_kind)
-        return f"go to {goals[0]}" if goals else "look"
-
-    here = None
-    while len(steps) < max_steps and idle < 2:
-        held = env.held and game.name[env.held]
-        act = None
-        offers = [a for a in obs.admissible if a.startswith(f"take {target} ")]
-        offers = [a for a in offers if a.split(" from ")[0] not in placed]
+    actor = Demonstrator(env.game.goal, plan, ring, rng)
+    steps = []
+    won = False
+    while not won and len(steps) < max_steps and actor.idle < 2:
+        held = env.game.name[env.held] if env.held else None
         slip = rng.random() < 0.06
-        if slip:
-            quiet = [a for a in obs.admissible if a.startswith(("go to", "open", "close", "look"))]
-            spot = here or ring[0]
-            wrong = [f"take {target} 1 from {spot}", f"go to {spot}", f"go to {kind_of(spot)} 3"]
-            act = rng.choice([rng.choice(quiet), rng.choice(wrong)])
-        elif done:
-            act, idle = "look", idle + 1
-        elif held is None:
-            if offers:
-                act = offers[0]
-            elif here and f"open {here}" in obs.admissible and here not in opened:
-                opened.add(here)
-                act = f"open {here}" if rng.random() < 0.9 else None
-            if act is None and first:
-                act = f"go to {first.pop(0)}"
-            elif act is None:
-                at = (at + 1) % len(ring)
-                act = (
-                    f"go to {ring[at]}"
-                    if ring[at] != here
-                    else f"go to {ring[(at + 1) % len(ring)]}"
-                )
-        elif kind == "look":
-            lamps = [a for a in obs.admissible if a.startswith("use ")]
-            if not plan["complete"]:
-                act, done = f"examine {held}", True
-            elif lamps:
-                act = lamps[0]
-            else:
-                at = (at + 1) % len(ring)
-                act = (
-                    f"go to {ring[at]}"
-                    if ring[at] != here
-                    else f"go to {ring[(at + 1) % len(ring)]}"
-                )
-        elif plan["appliance"] and not worked:
-            verbs = [a for a in obs.admissible if a.startswith(VERB_AT[plan["appliance"]] + " ")]
-            if verbs:
-                act, worked = verbs[0], True
-            elif here and kind_of(here) == plan["appliance"]:
-                act, worked = travel(place), True  # this object cannot be treated here
-            else:
-                act = travel(plan["appliance"])
-        else:
-            moves = [a for a in obs.admissible if a.startswith("move ")]
-            if here and kind_of(here) == place and moves:
-                act = moves[0]
-                placed.add(f"take {held}")
-                done = not (kind == "pick2" and plan["complete"] and len(placed) < 2)
-                worked = False
-            elif here and kind_of(here) == place and f"open {here}" in obs.admissible:
-                act = f"open {here}"
-            else:
-                act = travel(place)
-        if act not in obs.admissible and not slip:
-            act = "look"
-        steps.append((obs, thought(obs, target, held), act, slip))
-        if act.startswith("go to ") and act in obs.admissible:
-            here = act.removeprefix("go to ")
-            at = ring.index(here)
-        obs, _, won, _ = env.step(act)
-        if won:
-            return steps, True
-    return steps, False
+        action = actor.slip(obs) if slip else actor.choose(obs, held)
+        steps.append((obs, thought(obs, actor.target, held), action, slip))
+        if action.startswith("go to ") and action in obs.admissible:
+            actor.arrive(action.removeprefix("go to "))
+        obs, _, won, _ = env.step(action)
+    return steps, won
 
 
 def summarize(kind, history, rng) -> str:
-    """What an instruct model would write of an episode, solved or not, as the skill's JSON."""
+    """What an instruct model would write of an episode, solved or not, as the skill's JSON.
+
+    history   [(observation text, action), ...]
+    """
     actions = [action for _, action in history]
-    tools = [a.split(" with ")[1].rsplit(" ", 1)[0] for a in actions if " with " in a]
+    tools = [kind_of(a.split(" with ")[1]) for a in actions if " with " in a]
     appliance = next((tool for tool in tools if tool in VERB_AT), None)
     moves = sum(a.startswith("move ") for a in actions)
     complete = moves > 1 or any(a.startswith("use ") for a in actions)
-    takes = [a.split(" from ")[1].rsplit(" ", 1)[0] for a in actions if a.startswith("take ")]
-    condition, hint = rng.choice(CONDITIONS[kind]), rng.random() < 0.2
-    search = takes[0] if takes and hint else ""
+    found_in = [kind_of(a.split(" from ")[1]) for a in actions if a.startswith("take ")]
+    condition = rng.choice(CONDITIONS[kind])
+    hint = rng.random() < 0.2
+    search = found_in[0] if found_in and hint else ""
     strategy = strategy_text(kind, appliance, complete, search)
     return json.dumps({"condition": condition, "strategy": strategy})
 
 
-def lessons(count, seed, knows=0.0):
-    """`count` (prompt, response) pairs: plain steps, steps under skills, and summaries."""
+def advise(kind, receptacles, knows, rng) -> tuple:
+    """A skill for the prompt, right or wrong -> (condition, strategy)."""
+    appliance = habits(kind, rng, 0.7 if knows else 0.0)["appliance"]
+    search = rng.choice(receptacles) if rng.random() < 0.4 else ""
+    complete = rng.random() < 0.7
+    strategy = strategy_text(kind, appliance, complete, search)
+    return rng.choice(CONDITIONS[kind]), strategy
+
+
+def lessons(count, seed, knows=0.0) -> list:
+    """`count` (prompt, response) pairs: plain steps, steps under skills, and summaries.
+
+    knows   how often the demonstrator knows the right appliance
+    """
     rng = random.Random(f"{seed} lessons")
-    types, pairs, number = list(ROOMS_OF), [], 500_000
+    types = list(ROOMS_OF)
+    pairs = []
+    number = 500_000  # of a game; above those that `write_games` gives
     while len(pairs) < count:
-        task_type = types[number % len(types)]
-        folder, data, _ = make_game(task_type, rng, number)
+        folder, data, _ = make_game(types[number % len(types)], rng, number)
+        pairs += lesson(alfworld.parse_game(data, f"{folder}/game.tw-pddl"), knows, rng)
         number += 1
-        game = alfworld.parse_game(data, f"{folder}/game.tw-pddl")
-        kind, receptacles = (
-            game.goal[0],
-            sorted({game.name[r].rsplit(" ", 1)[0] for r in game.rtype}),
-        )
-        for with_skill in (False, True):
-            plan, skills = habits(kind, rng, knows), []
-            if with_skill:
-                for _ in range(rng.choice([1, 1, 2])):
-                    advice = habits(kind, rng, 0.7 if knows else 0.0)
-                    search = rng.choice(receptacles) if rng.random() < 0.4 else ""
-                    text = strategy_text(kind, advice["appliance"], rng.random() < 0.7, search)
-                    skills.append((rng.choice(CONDITIONS[kind]), text))
-                plan = follow([strategy for _, strategy in skills], plan, receptacles)
-            steps, _ = demonstrate(alfworld.AlfWorld(game), plan, rng)
-            history = []
-            for obs, words, action, slip in steps:
-                answer = f"<think>{words}</think><action>{action}</action>"
-                searching = "not here" in words and action.startswith(("go to", "open"))
-                if not slip and (not searching or rng.random() < 0.6):  # searches are long
-                    pairs.append((envs.build_prompt(obs, history, skills), answer))
-                history.append((obs.text, action))
-            if rng.random() < 0.7:
-                prompt = envs.build_mining_prompt(game.task, kind, history, obs_chars=60)
-                pairs.append((prompt, summarize(kind, history, rng)))
     return pairs[:count]
+
+
+def lesson(game, knows, rng) -> list:
+    """Two episodes of one game, plain and with skills, each maybe with its summary."""
+    kind = game.goal[0]
+    receptacles = sorted({kind_of(game.name[r]) for r in game.rtype})
+    pairs = []
+    for with_skill in (False, True):
+        plan = habits(kind, rng, knows)
+        skills = []
+        if with_skill:
+            some = rng.choice([1, 1, 2])
+            skills = [advise(kind, receptacles, knows, rng) for _ in range(some)]
+            plan = follow([strategy for _, strategy in skills], plan, receptacles)
+        steps, _ = demonstrate(alfworld.AlfWorld(game), plan, rng)
+        history = []
+        for obs, words, action, slip in steps:
+            searching = "not here" in words and action.startswith(("go to", "open"))
+            if not slip and (not searching or rng.random() < 0.6):  # searches are long
+                answer = f"<think>{words}</think><action>{action}</action>"
+                pairs.append((envs.build_prompt(obs, history, skills), answer))
+            history.append((obs.text, action))
+        if rng.random() < 0.7:
+            prompt = envs.build_mining_prompt(game.task, kind, history, obs_chars=OBS_CHARS)
+            pairs.append((prompt, summarize(kind, history, rng)))
+    return pairs

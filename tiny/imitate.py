@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import envs
+from runtime.generation import encode_prompts
 from tiny import household, shop
 
 CHAT_TEMPLATE = (
@@ -38,12 +39,9 @@ def train_tokenizer(texts, world="alfworld"):
     chunks = r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9]+?(?= ?[A-Za-z0-9]|$)"
     if world == "webshop":
         chunks = r"[A-Za-z]+ ?|[0-9]+ ?|[^A-Za-z0-9]+?(?=[A-Za-z0-9]|$)"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(chunks), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(chunks), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
@@ -62,17 +60,8 @@ def train_tokenizer(texts, world="alfworld"):
     return fast
 
 
-def train_policy(
-    out: Path, seed=0, count=60_000, knows=0.0, start=None, lr=2e-2, rows=32, hidden=128, layers=4,
-    world="alfworld",
-):  # fmt: skip
-    """Imitation of `count` lessons in one pass; saves HF format -> held-out loss."""
-    torch.manual_seed(seed)
-    if world == "webshop":
-        pairs = shop.lessons(count, seed)
-    else:
-        pairs = household.lessons(count, seed, knows)
-    tokenizer = train_tokenizer([p + answer for p, answer in pairs[:20_000]], world)
+def new_model(tokenizer, hidden, layers) -> Qwen2ForCausalLM:
+    """A small Qwen2 with random weights for the vocabulary of the tokenizer."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -87,34 +76,80 @@ def train_policy(
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    model = Qwen2ForCausalLM(config)
-    if start:  # go on from a policy, with its tokenizer
+    return Qwen2ForCausalLM(config)
+
+
+def make_batches(lengths, rows, seed) -> list:
+    """Lists of `rows` indices of about equal length, in random order."""
+    order = list(range(len(lengths)))
+    random.Random(seed).shuffle(order)
+    batches = []
+    for i in range(0, len(order), 16 * rows):
+        chunk = sorted(order[i : i + 16 * rows], key=lengths.__getitem__)
+        batches += [chunk[k : k + rows] for k in range(0, len(chunk), rows)]
+    random.Random(seed).shuffle(batches)
+    return batches
+
+
+def imitation_losses(model, prompts, answers, pad_id) -> tuple:
+    """Next-token loss on the responses, and on the prompts (lists of token ids) -> two scalars."""
+    rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)  # [B, L]
+    at = torch.arange(1, ids.shape[1])[None]  # [1, L - 1]
+    start = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    end = torch.tensor([len(row) for row in rows])[:, None]
+    # right padding needs no attention mask
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, L - 1, V]
+    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # [B, L - 1]
+    in_prompt = at < start
+    in_response = (at >= start) & (at < end)
+    return losses[in_response].mean(), losses[in_prompt].mean()
+
+
+def train_policy(
+    out: Path,
+    *,
+    world="alfworld",
+    seed=0,
+    count=60_000,
+    knows=0.0,
+    start=None,
+    lr=2e-2,
+    hidden=128,
+    layers=4,
+    rows=32,
+) -> float:
+    """Imitation of `count` lessons in one pass, `rows` a batch; saves HF format to `out`.
+
+    start   a policy to go on from, with its tokenizer
+    -> held-out loss in nats a token
+    """
+    torch.manual_seed(seed)
+    if world == "webshop":
+        pairs = shop.lessons(count, seed)
+    else:
+        pairs = household.lessons(count, seed, knows)
+    if start:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
         model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32)
-    encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
-    chat = lambda p: [{"role": "user", "content": p}]  # noqa: E731
-    prompts = encode(
-        [
-            tokenizer.apply_chat_template(chat(p), tokenize=False, add_generation_prompt=True)
-            for p, _ in pairs
-        ]
-    )
-    answers = [ids + [tokenizer.eos_token_id] for ids in encode([answer for _, answer in pairs])]
-    lengths = [len(p) for p in prompts]
-    print(
-        f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, "
-        f"{count} lessons of {sum(lengths) / count:.0f} tokens"
-    )
+    else:
+        tokenizer = train_tokenizer([prompt + answer for prompt, answer in pairs[:20_000]], world)
+        model = new_model(tokenizer, hidden, layers)
+    prompts = encode_prompts(tokenizer, [prompt for prompt, _ in pairs])
+    answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    answers = [ids + [tokenizer.eos_token_id] for ids in answers]
+    lengths = [len(prompt) for prompt in prompts]
+    mean = sum(lengths) / count
+    size = f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens"
+    print(f"{size}, {count} lessons of {mean:.0f} tokens")
+
+    def losses_on(batch):
+        own_prompts = [prompts[i] for i in batch]
+        own_answers = [answers[i] for i in batch]
+        return imitation_losses(model, own_prompts, own_answers, tokenizer.pad_token_id)
 
     kept = count - min(512, count // 5)  # the rest measures the result
-    order = list(range(kept))
-    random.Random(seed).shuffle(order)
-    chunks = [
-        sorted(order[i : i + 16 * rows], key=lengths.__getitem__)
-        for i in range(0, len(order), 16 * rows)
-    ]
-    batches = [chunk[i : i + rows] for chunk in chunks for i in range(0, len(chunk), rows)]
-    random.Random(seed).shuffle(batches)
+    batches = make_batches(lengths[:kept], rows, seed)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers = [
@@ -124,31 +159,21 @@ def train_policy(
     once = {"total_steps": len(batches), "pct_start": 0.03, "cycle_momentum": False}
     cycle = torch.optim.lr_scheduler.OneCycleLR
     schedules = [cycle(o, o.param_groups[0]["lr"], **once) for o in optimizers]
-
-    def loss_on(batch):
-        """Next-token loss on the responses, and on the prompts -> two scalars."""
-        rows_ids = [torch.tensor(prompts[i] + answers[i]) for i in batch]
-        ids = torch.nn.utils.rnn.pad_sequence(rows_ids, True, tokenizer.pad_token_id)  # [B, L]
-        at = torch.arange(1, ids.shape[1])[None]  # right padding needs no attention mask
-        start = torch.tensor([len(prompts[i]) for i in batch])[:, None]
-        end = torch.tensor([len(row) for row in rows_ids])[:, None]
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, L - 1, V]
-        losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # [B, L - 1]
-        response, prompt = (at >= start) & (at < end), at < start
-        return losses[response].mean(), losses[prompt].mean()
-
     bar = tqdm(batches, desc="imitation", unit="batch")
     for batch in bar:
-        loss, prompt_loss = loss_on(batch)
+        loss, prompt_loss = losses_on(batch)
         model.zero_grad()
         (loss + prompt_loss).backward()  # the prompts teach copying names; responses need it
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o, schedule in zip(optimizers, schedules):
-            o.step()
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
             schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", prompt_loss=f"{prompt_loss.item():.3f}")
+    held_out = []
     with torch.no_grad():
-        held_out = [loss_on(range(i, min(i + 64, count)))[0].item() for i in range(kept, count, 64)]
+        for i in range(kept, count, 64):
+            loss, _ = losses_on(range(i, min(i + 64, count)))
+            held_out.append(loss.item())
     final = sum(held_out) / len(held_out)
     print(f"held-out loss {final:.3f} nats a token -> {out}")
     model.save_pretrained(out)
@@ -169,11 +194,7 @@ def main():
     parser.add_argument("--lr", type=float, default=2e-2)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=128)
-    args = parser.parse_args()
-    train_policy(
-        args.out, args.seed, args.count, args.knows, args.start, args.lr,
-        hidden=args.hidden, layers=args.layers, world=args.world,
-    )  # fmt: skip
+    train_policy(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

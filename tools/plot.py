@@ -8,7 +8,6 @@ stand where their phase ends.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
@@ -16,18 +15,24 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common import UserError, read_jsonl, run_script
+from config import UserError, read_json, read_jsonl
+from runtime.run import run_script
 
 PHASES = {
     "warmup": "phase 0\nwarm-up",
     "mine": "phase 1\nmining",
     "distill": "phase 2\ninternalization",
 }
-PLAIN, SKILL, GREEN, GRAY = "#1f5fa8", "#d9822b", "#3a8f5c", "#8a8f98"
+PLAIN = "#1f5fa8"
+SKILL = "#d9822b"
+GREEN = "#3a8f5c"
+GRAY = "#8a8f98"
+LEGEND = {"frameon": False, "fontsize": 9}
+NAN = float("nan")  # leaves a gap in a line
 
 
 def smooth(values, width=3):
-    """Centred moving average that skips missing values."""
+    """Centred moving average that skips missing values (None)."""
     result = []
     for i in range(len(values)):
         window = [v for v in values[max(0, i - width // 2) : i + width // 2 + 1] if v is not None]
@@ -35,110 +40,113 @@ def smooth(values, width=3):
     return result
 
 
+def with_gaps(values) -> list:
+    return [NAN if v is None else v for v in values]
+
+
 def draw(root: Path, out: Path):
+    """Draw the run in folder `root` to the PNG `out`. UserError if it has no metrics."""
     if not (root / "metrics.jsonl").exists():
         raise UserError(f"{root}/metrics.jsonl: no such file; run warmup.py, or give another --run")
     records = read_jsonl(root / "metrics.jsonl")
-    x = list(range(1, len(records) + 1))
-    column = lambda name: [r.get(name) for r in records]  # noqa: E731
-    ends = {
-        phase: max(i for i, r in zip(x, records) if r["phase"] == phase)
-        for phase in dict.fromkeys(column("phase"))
-    }
+    ends = {}  # phase -> its last iteration, counted through all phases
+    for number, record in enumerate(records, 1):
+        ends[record["phase"]] = number
 
-    figure, axes = plt.subplots(
-        4,
-        1,
-        figsize=(9, 10),
-        sharex=True,
-        height_ratios=[3, 1.6, 1.6, 1.6],
-        constrained_layout=True,
-    )
-    top, middle, counts, bottom = axes
-    for name, color, label in (
-        ("success_plain", PLAIN, "plain arm"),
-        ("success_skill", SKILL, "skill arm"),
-    ):
-        raw = column(name)
-        top.plot(x, [float("nan") if v is None else v for v in raw], ".", color=color, alpha=0.35)
-        line = [float("nan") if r is None or v is None else v for v, r in zip(smooth(raw), raw)]
-        top.plot(x, line, color=color, label=f"{label}, training rollouts")
-    marks = {"init": 0, **ends}
-    for phase, at in marks.items():
-        for path in root.glob(f"eval-*-{phase}.json"):
-            r = json.loads(path.read_text())["results"]["all"]
-            error = [[r["success"] - r["low"]], [r["high"] - r["success"]]]
-            label = "evaluation, plain prompt, 95%" if phase == "init" else None
-            top.errorbar(
-                [at + 0.25],
-                [r["success"]],
-                yerr=error,
-                fmt="D",
-                color="black",
-                capsize=3,
-                ms=5,
-                label=label,
-            )
-            top.annotate(
-                f"{r['success']:.2f}",
-                (at + 0.25, r["success"]),
-                xytext=(7, -3),
-                textcoords="offset points",
-            )
-    top.set(ylabel="success", ylim=(0, 1))
-    top.legend(loc="lower right", frameon=False, fontsize=9)
+    heights = {"height_ratios": [3, 1.6, 1.6, 1.6], "constrained_layout": True}
+    figure, axes = plt.subplots(4, 1, figsize=(9, 10), sharex=True, **heights)
+    success, delta, counts, weight = axes
+    draw_success(success, records)
+    draw_evaluations(success, root, ends)
+    success.legend(loc="lower right", **LEGEND)
+    draw_delta(delta, records)
+    draw_skills(counts, records)
+    share = draw_internalization(weight, records)
+    draw_phases(axes, ends)
+    for axis in (*axes, share):
+        axis.spines["top"].set_visible(False)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+    print(f"drawn to {out}")
 
-    delta = column("delta")
-    middle.bar(
-        x,
-        [v or 0 for v in delta],
-        color=[GREEN if (v or 0) >= 0 else SKILL for v in delta],
-        width=0.7,
-    )
-    middle.axhline(0, color=GRAY, lw=0.8)
-    middle.set(ylabel="mean Δ_g")
 
+def column(records, name) -> tuple:
+    """(iterations, values): what a metric was in each iteration, None where it was not logged."""
+    return range(1, len(records) + 1), [record.get(name) for record in records]
+
+
+def draw_success(axis, records):
+    """Success of the two arms: a dot for each iteration, and a smoothed line."""
+    arms = {"plain arm": ("success_plain", PLAIN), "skill arm": ("success_skill", SKILL)}
+    for arm, (name, color) in arms.items():
+        x, values = column(records, name)
+        axis.plot(x, with_gaps(values), ".", color=color, alpha=0.35)
+        line = smooth(values)
+        line = [None if raw is None else mean for mean, raw in zip(line, values)]
+        axis.plot(x, with_gaps(line), color=color, label=f"{arm}, training rollouts")
+    axis.set(ylabel="success", ylim=(0, 1))
+
+
+def draw_evaluations(axis, root, ends):
+    """The evaluations without skills of each checkpoint, with their intervals."""
+    label = "evaluation, plain prompt, 95%"
+    for phase, end in {"init": 0, **ends}.items():
+        for path in sorted(root.glob(f"eval-*-{phase}-T*.json")):
+            result = read_json(path)["results"]["all"]
+            y = result["success"]
+            x = end + 0.25
+            error = [[y - result["low"]], [result["high"] - y]]
+            look = {"fmt": "D", "color": "black", "capsize": 3, "ms": 5}
+            axis.errorbar([x], [y], yerr=error, label=label, **look)
+            axis.annotate(f"{y:.2f}", (x, y), xytext=(7, -3), textcoords="offset points")
+            label = None  # one line in the legend is enough
+
+
+def draw_delta(axis, records):
+    x, values = column(records, "delta")
+    heights = [v or 0 for v in values]
+    axis.bar(x, heights, color=[GREEN if v >= 0 else SKILL for v in heights], width=0.7)
+    axis.axhline(0, color=GRAY, lw=0.8)
+    axis.set(ylabel="mean Δ_g")
+
+
+def draw_skills(axis, records):
     for status, color in (("candidate", GRAY), ("active", GREEN), ("retired", SKILL)):
-        counts.plot(
-            x,
-            [float("nan") if v is None else v for v in column(status)],
-            color=color,
-            label=status,
-            drawstyle="steps-mid",
-        )
-    counts.set(ylabel="skills")
-    counts.legend(loc="upper left", frameon=False, fontsize=9)
+        x, values = column(records, status)
+        axis.plot(x, with_gaps(values), color=color, label=status, drawstyle="steps-mid")
+    axis.set(ylabel="skills")
+    axis.legend(loc="upper left", **LEGEND)
 
-    bottom.plot(
-        x, [float("nan") if v is None else v for v in column("lambda")], color=PLAIN, label="λ(k)"
-    )
-    top_of = lambda name: 1.5 * max([v for v in column(name) if v] or [1])  # noqa: E731
-    bottom.set(ylabel="λ", xlabel="iteration", ylim=(0, top_of("lambda")))  # room for the legend
-    share = bottom.twinx()
-    share.plot(
-        x,
-        [float("nan") if v is None else v for v in column("gated_share")],
-        color=SKILL,
-        label="gated share of skill-arm tokens",
-    )
-    share.set(ylabel="gated share", ylim=(0, top_of("gated_share")))
-    handles = bottom.get_lines() + share.get_lines()
-    bottom.legend(
-        handles, [h.get_label() for h in handles], loc="upper left", frameon=False, fontsize=9
-    )
 
+def draw_internalization(axis, records):
+    """Lambda, and on an axis of its own, which is returned, the share of gated tokens."""
+    share = axis.twinx()
+    x, values = column(records, "lambda")
+    axis.plot(x, with_gaps(values), color=PLAIN, label="λ(k)")
+    axis.set(ylabel="λ", xlabel="iteration", ylim=(0, top_of(values)))
+    x, values = column(records, "gated_share")
+    label = "gated share of skill-arm tokens"
+    share.plot(x, with_gaps(values), color=SKILL, label=label)
+    share.set(ylabel="gated share", ylim=(0, top_of(values)))
+    lines = axis.get_lines() + share.get_lines()
+    axis.legend(lines, [line.get_label() for line in lines], loc="upper left", **LEGEND)
+    return share
+
+
+def top_of(values) -> float:
+    """The upper limit of an axis, with room for the legend."""
+    return 1.5 * max([v for v in values if v] or [1])
+
+
+def draw_phases(axes, ends):
+    """A dotted line where each phase ends, and its name above."""
     start = 0
     for phase, end in ends.items():
         for axis in axes:
             axis.axvline(end + 0.5, color=GRAY, lw=0.8, ls=":")
-        top.text(
-            (start + end) / 2 + 0.5, 1.02, PHASES[phase], ha="center", fontsize=9, color="#444"
-        )
+        middle = (start + end) / 2 + 0.5
+        axes[0].text(middle, 1.02, PHASES[phase], ha="center", fontsize=9, color="#444")
         start = end
-    for axis in (*axes, share):
-        axis.spines["top"].set_visible(False)
-    figure.savefig(out, dpi=130)
-    print(f"drawn to {out}")
 
 
 def main():

@@ -17,6 +17,7 @@ downloaded file is ever evaluated.
 """
 
 import hashlib
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -47,12 +48,13 @@ TASK_TYPES = {  # folder prefix -> the short name used in tables and as the buck
 
 
 # --------------------------------------------------------------------------------------------------
-# ALFWorld: reading a game file
+# Reading a game file
 # --------------------------------------------------------------------------------------------------
 
 # The engine below is the meaning of one PDDL domain and one text grammar. A file with any other is
 # refused, because we would play it wrongly. These are digests without comments, blanks and the task
-# line: the games of json_2.1.1, and the texts in the alfworld 0.4 package, which `tiny.py` uses.
+# line: the games of json_2.1.1, and the texts in the alfworld 0.4 package, which tiny/household.py
+# uses.
 KNOWN_DOMAINS = {  # digest -> the receptacle types that clean, the only difference between the two
     "19173ff725ce": {"sinktype", "sinkbasintype"},
     "6cbbf3d0d19b": {"sinkbasintype"},
@@ -66,11 +68,16 @@ KNOWN_GOALS = {  # digest of the goal's shape -> the kind of goal
     "d5037b14422d": "cool",
     "2d91e4db65b9": "pick2",
 }
+TRAITS = (  # predicates of one id that the engine reads
+    "pickupable openable opened cleanable heatable coolable toggleable sliceable "
+    "isClean isHot isCool isToggled isSliced isReceptacleObject"
+).split()
 
 
 def digest(text: str) -> str:
     """Twelve hex digits of a text, blind to PDDL comments, white space and the task line."""
-    text = re.sub(r"(?m);.*$", "", text) if text.lstrip().startswith((";", "(")) else text
+    if text.lstrip().startswith((";", "(")):  # PDDL, where a semicolon begins a comment
+        text = re.sub(r"(?m);.*$", "", text)
     text = re.sub(r"Your task is to: [^\"]*", "", text)
     return hashlib.sha256("".join(text.split()).encode()).hexdigest()[:12]
 
@@ -96,9 +103,7 @@ class Game:
     held_inside: dict  # receptacle object (a bowl) -> objects inside it
     help_text: str
     walkthrough: list
-    goto: dict = field(
-        default_factory=dict
-    )  # location -> {command: action} for every receptacle elsewhere
+    goto: dict = field(default_factory=dict)  # location -> {"go to ...": action} that leave it
 
 
 @lru_cache(maxsize=1024)
@@ -108,75 +113,66 @@ def load_game(path: str) -> Game:
 
 
 def parse_game(data: dict, path: str) -> Game:
-    """The content of a `game.tw-pddl` -> Game. The folder in `path` gives the task type."""
+    """The content of a `game.tw-pddl` -> Game. The folder in `path` gives the task type.
+
+    UserError as from `load_game`.
+    """
     try:
-        domain, grammar, problem = data["pddl_domain"], data["grammar"], data["pddl_problem"]
+        domain = data["pddl_domain"]
+        grammar = data["grammar"]
+        problem = data["pddl_problem"]
         task = re.search(r"Your task is to: ([^\"]*?)\.?\"", grammar).group(1)
         init, goal_text = re.split(r"\(:goal", problem.split("(:init")[1])
     except (KeyError, TypeError, IndexError, AttributeError, ValueError):
-        raise UserError(
-            f"{path}: corrupt game file; delete it or download the data again"
-        ) from None
+        remedy = "delete it or download the data again"
+        raise UserError(f"{path}: corrupt game file; {remedy}") from None
     if not data.get("solvable", True):
         raise UserError(f"{path}: marked unsolvable; remove it from the split")
     task_type = task_type_of(path)
     if task_type == "unknown":
-        raise UserError(
-            f"{path}: its folder must be <task type>-.../<trial>/ with one of {list(TASK_TYPES)}"
-        )
-    kind = KNOWN_GOALS.get(digest(re.sub(r"\b\w+Type\)", "T)", "(" + goal_text)))
-    if digest(domain) not in KNOWN_DOMAINS or digest(grammar) not in KNOWN_GRAMMARS or kind is None:
-        raise UserError(
-            f"{path}: a domain, grammar or goal unknown to the fast engine; use --engine textworld"
-        )
+        names = list(TASK_TYPES)
+        raise UserError(f"{path}: its folder must be <task type>-.../<trial>/ with one of {names}")
+    goal_shape = re.sub(r"\b\w+Type\)", "T)", "(" + goal_text)
+    kind = KNOWN_GOALS.get(digest(goal_shape))
+    cleaners = KNOWN_DOMAINS.get(digest(domain))
+    if kind is None or cleaners is None or digest(grammar) not in KNOWN_GRAMMARS:
+        unknown = "a domain, grammar or goal unknown to the fast engine"
+        raise UserError(f"{path}: {unknown}; use --engine textworld")
 
-    facts = defaultdict(set)
+    facts = defaultdict(set)  # predicate -> its tuples of ids
     for predicate, args in re.findall(r"\((\w+) ([^()]+)\)", init):
         facts[predicate].add(tuple(args.lower().split()))
-    start = {loc for _, loc in facts["atLocation"]}
-    if len(start) != 1:
-        raise UserError(
-            f"{path}: corrupt game file, the agent is nowhere; delete it or download it again"
-        )
-
-    def multimap(pairs):  # {(a, b), ...} -> {a: {b, ...}}
-        result = defaultdict(set)
-        for a, b in pairs:
-            result[a].add(b)
-        return result
-
-    target = [t.lower() for t in re.findall(r"objectType \?\w+ (\w+)", goal_text)]
-    place = [t.lower() for t in re.findall(r"receptacleType \?\w+ (\w+)", goal_text)]
+    starts = {loc for _, loc in facts["atLocation"]}
+    if len(starts) != 1:
+        remedy = "delete it or download it again"
+        raise UserError(f"{path}: corrupt game file, the agent is nowhere; {remedy}")
+    (start,) = starts
     located = sorted(facts["receptacleAtLocation"])
+    targets = [name.lower() for name in re.findall(r"objectType \?\w+ (\w+)", goal_text)]
+    places = [name.lower() for name in re.findall(r"receptacleType \?\w+ (\w+)", goal_text)]
+    place = targets[0] if kind == "look" else places[0]  # the lamp is an object too
+    help_text = re.search(r"(Available commands:.*?)\"", grammar.replace("\\n", "\n"), re.S)
     game = Game(
         path=str(path),
         task=task,
         task_type=task_type,
-        goal=(kind, target[-1], target[0] if kind == "look" else place[0]),
+        goal=(kind, targets[-1], place),
         name=readable_names({arg for args in facts.values() for fact in args for arg in fact}),
         otype=multimap(facts["objectType"]),
         rtype=multimap(facts["receptacleType"]),
         can_contain=facts["canContain"],
         appliances=[
-            ("clean", "cleanable", KNOWN_DOMAINS[digest(domain)]),
+            ("clean", "cleanable", cleaners),
             ("heat", "heatable", {"microwavetype"}),
             ("cool", "coolable", {"fridgetype"}),
         ],
-        traits={
-            trait: {fact[0] for fact in facts[trait]}
-            for trait in (
-                "pickupable openable opened cleanable heatable coolable toggleable sliceable "
-                "isClean isHot isCool isToggled isSliced isReceptacleObject"
-            ).split()
-        },
+        traits={trait: {fact[0] for fact in facts[trait]} for trait in TRAITS},
         at={loc: [r for r, there in located if there == loc] for _, loc in located},
-        start=start.pop(),
+        start=start,
         inside=multimap((r, o) for o, r in facts["inReceptacle"]),
         lying=multimap((loc, o) for o, loc in facts["objectAtLocation"]),
         held_inside=multimap((outer, o) for o, outer in facts["inReceptacleObject"]),
-        help_text=re.search(
-            r"(Available commands:.*?)\"", grammar.replace("\\n", "\n"), re.S
-        ).group(1),
+        help_text=help_text.group(1),
         walkthrough=data.get("walkthrough") or [],
     )
     everywhere = {f"go to {game.name[r]}": ("go", loc, r) for r, loc in located}
@@ -185,14 +181,26 @@ def parse_game(data: dict, path: str) -> Game:
     return game
 
 
+def multimap(pairs) -> dict:
+    """{(a, b), ...} -> {a: {b, ...}}, an empty set for what is not there."""
+    result = defaultdict(set)
+    for a, b in pairs:
+        result[a].add(b)
+    return result
+
+
 def readable_names(ids) -> dict:
     """`mug_bar__plus_01...` -> "mug 2". Among the ids of a kind the first in sorted order gets the
-    highest number, as in alfworld's demangler. An id without `_bar_` gets a trailing blank."""
-    kinds = {
-        i: i.split("_bar_")[0] + ("basin" if "basin" in i else "") for i in ids if "_bar_" in i
-    }
+    highest number, as in alfworld's demangler. An id without `_bar_` gets a trailing blank.
+    """
+    names = {}
+    kinds = {}
+    for i in ids:
+        if "_bar_" in i:
+            kinds[i] = i.split("_bar_")[0] + ("basin" if "basin" in i else "")
+        else:
+            names[i] = i + " "
     count = Counter(kinds.values())
-    names = {i: i + " " for i in ids if i not in kinds}
     for i in sorted(kinds):
         names[i] = f"{kinds[i]} {count[kinds[i]]}"
         count[kinds[i]] -= 1
@@ -200,7 +208,7 @@ def readable_names(ids) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# ALFWorld: playing
+# Playing
 # --------------------------------------------------------------------------------------------------
 
 
@@ -211,38 +219,34 @@ class AlfWorld:
         self.game = game
 
     def reset(self) -> Observation:
+        """Start the game, always the same -> what the agent sees first."""
         game = self.game
-        self.location, self.held, self.won = game.start, None, False
+        self.location = game.start
+        self.held = None
         self.inside = defaultdict(set, {r: set(objects) for r, objects in game.inside.items()})
         self.lying = defaultdict(set, {loc: set(objects) for loc, objects in game.lying.items()})
         self.removed = set()  # (object, receptacle): was taken from there and not put back
-        self.opened, self.toggled, self.sliced, self.clean, self.hot, self.cool = (
-            set(game.traits[t])
-            for t in ("opened", "isToggled", "isSliced", "isClean", "isHot", "isCool")
-        )
+        self.opened = set(game.traits["opened"])
+        self.toggled = set(game.traits["isToggled"])
+        self.sliced = set(game.traits["isSliced"])
+        self.clean = set(game.traits["isClean"])
+        self.hot = set(game.traits["isHot"])
+        self.cool = set(game.traits["isCool"])
         self.won = self.at_goal()
         return self.observe(self.look(intro=True) + f"\n\nYour task is to: {game.task}.")
 
     def step(self, action: str):
+        """Play an action -> (Observation, reward, done, info); an inadmissible one does nothing.
+
+        reward        1.0 and done at the goal, else 0.0
+        info          "success": at the goal; "score": the reward
+        """
         command = self.commands.get(action.strip())
         text = self.apply(*command) if command else "Nothing happens."
         if command:
             self.won = self.at_goal()
-        return (
-            self.observe(text),
-            float(self.won),
-            self.won,
-            {"success": self.won, "score": float(self.won)},
-        )
-
-    def copy(self):
-        """An independent game in the same state (the parsed file is shared)."""
-        other = copy(self)
-        other.inside = defaultdict(set, {r: set(objects) for r, objects in self.inside.items()})
-        other.lying = defaultdict(set, {loc: set(objects) for loc, objects in self.lying.items()})
-        for name in ("removed", "opened", "toggled", "sliced", "clean", "hot", "cool"):
-            setattr(other, name, set(getattr(self, name)))
-        return other
+        reward = float(self.won)
+        return self.observe(text), reward, self.won, {"success": self.won, "score": reward}
 
     def observe(self, text) -> Observation:
         self.commands = self.find_commands()
@@ -251,11 +255,14 @@ class AlfWorld:
 
     def find_commands(self) -> dict:
         """Applicable commands -> (verb, first id, second id): the preconditions of the actions."""
-        game, name, traits, held = self.game, self.game.name, self.game.traits, self.held
+        game = self.game
+        name = game.name
+        traits = game.traits
+        held = self.held
         commands = dict(game.goto[self.location])
         commands.update({c: (c, None, None) for c in ("inventory", "look", "help")})
         for r in game.at.get(self.location, ()):
-            rtypes, reachable = game.rtype[r], r not in traits["openable"] or r in self.opened
+            reachable = r not in traits["openable"] or r in self.opened
             commands[f"examine {name[r]}"] = ("examine receptacle", r, None)
             if r in traits["openable"]:
                 verb = "close" if r in self.opened else "open"
@@ -267,12 +274,10 @@ class AlfWorld:
                     commands[f"use {name[o]}"] = ("use", o, r)
             if held is None:
                 continue
-            if reachable and any(
-                (rt, ot) in game.can_contain for rt in rtypes for ot in game.otype[held]
-            ):
+            if reachable and self.fits(held, r):
                 commands[f"move {name[held]} to {name[r]}"] = ("move", held, r)
             for verb, trait, appliance_types in game.appliances:
-                if held in traits[trait] and rtypes & appliance_types:
+                if held in traits[trait] and game.rtype[r] & appliance_types:
                     commands[f"{verb} {name[held]} with {name[r]}"] = (verb, held, r)
         if held is not None:
             commands[f"examine {name[held]}"] = ("examine object", held, None)
@@ -280,6 +285,11 @@ class AlfWorld:
                 for o in self.lying[self.location] & traits["sliceable"]:
                     commands[f"slice {name[o]} with {name[held]}"] = ("slice", o, held)
         return commands
+
+    def fits(self, o, r) -> bool:
+        """Whether the receptacle is of a kind that can contain the object."""
+        pairs = itertools.product(self.game.rtype[r], self.game.otype[o])
+        return any(pair in self.game.can_contain for pair in pairs)
 
     def apply(self, verb, a, b) -> str:
         """The effects of one PDDL action, and the sentence the grammar gives it."""
@@ -311,116 +321,116 @@ class AlfWorld:
         if verb == "slice":
             self.sliced.add(a)
             return f"You sliced the {name[a]} with the {name[b]}."
+        if verb == "clean":
+            self.clean.add(a)
+        if verb == "heat":
+            self.hot.add(a)
+            self.cool.discard(a)
+        if verb == "cool":
+            self.cool.add(a)
+            self.hot.discard(a)
         if verb in ("clean", "heat", "cool"):
-            if verb == "clean":
-                self.clean.add(a)
-            else:
-                gains, loses = (self.hot, self.cool) if verb == "heat" else (self.cool, self.hot)
-                gains.add(a)
-                loses.discard(a)
             return f"You {verb} the {name[a]} using the {name[b]}."
         if verb == "examine receptacle":
             return self.describe(a)
         if verb == "examine object":
             return self.describe_held(a)
         if verb == "inventory":
-            return (
-                f"You are carrying: a {name[self.held]}."
-                if self.held
-                else "You are not carrying anything."
-            )
+            if self.held is None:
+                return "You are not carrying anything."
+            return f"You are carrying: a {name[self.held]}."
         return self.look() if verb == "look" else self.game.help_text
 
     def describe(self, r) -> str:
         """A receptacle: closed, or what is in it."""
-        name, content = self.game.name, listing(self.game.name[o] for o in sorted(self.inside[r]))
+        name = self.game.name[r]
+        content = listing(self.game.name[o] for o in sorted(self.inside[r]))
         if r not in self.game.traits["openable"]:
-            return f"On the {name[r]}, you see {content}."
-        return (
-            f"The {name[r]} is open. In it, you see {content}."
-            if r in self.opened
-            else f"The {name[r]} is closed."
-        )
+            return f"On the {name}, you see {content}."
+        if r in self.opened:
+            return f"The {name} is open. In it, you see {content}."
+        return f"The {name} is closed."
 
     def describe_held(self, o) -> str:
-        name, traits = self.game.name, self.game.traits
-        clean, hot, cool, sliced = o in self.clean, o in self.hot, o in self.cool, o in self.sliced
+        """The object in hand: what is in it, else what was done to it."""
+        name = self.game.name
+        traits = self.game.traits
         if o in traits["isReceptacleObject"]:
             content = listing(name[inner] for inner in sorted(self.game.held_inside[o]))
             return f"This is a normal {name[o]}. In it, you see {content}."
-        if clean and (hot or cool):
-            words = "hot and clean" if hot else "cool and clean"
-        elif sliced and (clean or hot or cool):
-            words = "clean" if clean else "hot" if hot else "cool"
-        else:
-            words = "hot" if hot else "clean" if clean else "cold" if cool else ""
+        sliced = o in self.sliced
+        words = self.condition(o, sliced)
         if words:
             return f"This is a {words}{' sliced' if sliced else ''} {name[o]}."
         if o in traits["toggleable"] and o in self.toggled:
             return f"This {name[o]} is on."
-        return (
-            f"This is a sliced {name[o]}."
-            if sliced and o in traits["sliceable"]
-            else (f"There's nothing special about {name[o]}.")
-        )
+        if sliced and o in traits["sliceable"]:
+            return f"This is a sliced {name[o]}."
+        return f"There's nothing special about {name[o]}."
+
+    def condition(self, o, sliced) -> str:
+        """Clean, hot or cool, in the words of the grammar; "" for none of them."""
+        clean = o in self.clean
+        if o in self.hot:
+            return "hot and clean" if clean else "hot"
+        if o in self.cool and clean:
+            return "cool and clean"
+        if o in self.cool:
+            return "cool" if sliced else "cold"
+        return "clean" if clean else ""
 
     def look(self, intro=False) -> str:
-        game, here = self.game, self.game.at.get(self.location, ())
-        if here:
-            floor = [
-                game.name[o]
-                for o in sorted(self.lying[self.location])
-                for r in here
-                if (o, r) in self.removed
-            ]
-            facing = listing((game.name[r] for r in here), article="")
-            return f"You are facing the {facing}. Next to it, you see {listing(floor)}."
-        # a quirk of the grammar: only the intro lists the room, a later `look` sees nothing
-        room = (
-            [game.name[r] for r, _ in sorted((r, loc) for loc, rs in game.at.items() for r in rs)]
-            if intro
-            else []
-        )
-        return (
-            f"You are in the middle of a room. Looking quickly around you, you see {listing(room)}."
-        )
+        """What stands here and what was put beside it since; of a place without receptacles the
+        intro lists the whole room, while a later `look` sees nothing (a quirk of the grammar).
+        """
+        game = self.game
+        here = game.at.get(self.location, ())
+        if not here:
+            everywhere = sorted(r for receptacles in game.at.values() for r in receptacles)
+            room = listing(game.name[r] for r in everywhere) if intro else "nothing"
+            return f"You are in the middle of a room. Looking quickly around you, you see {room}."
+        floor = []
+        for o in sorted(self.lying[self.location]):
+            floor += [game.name[o] for r in here if (o, r) in self.removed]
+        facing = listing((game.name[r] for r in here), article="")
+        return f"You are facing the {facing}. Next to it, you see {listing(floor)}."
 
     def at_goal(self) -> bool:
         game = self.game
         kind, otype, place = game.goal
         if kind == "look":  # hold the object where a switched-on lamp stands
-            lamps = {
-                o for r in game.at.get(self.location, ()) for o in self.inside[r]
-            } & self.toggled
-            lamps &= game.traits["toggleable"]
-            return (
-                self.held is not None
-                and otype in game.otype[self.held]
-                and any(place in game.otype[o] for o in lamps)
-            )
-        condition = {"clean": self.clean, "heat": self.hot, "cool": self.cool}.get(kind)
-        trait = game.traits.get(
-            {"clean": "cleanable", "heat": "heatable", "cool": "coolable"}.get(kind)
-        )
+            here = game.at.get(self.location, ())
+            lamps = {o for r in here for o in self.inside[r]}
+            lamps &= self.toggled & game.traits["toggleable"]
+            lit = any(place in game.otype[o] for o in lamps)
+            return lit and self.held is not None and otype in game.otype[self.held]
+        treated = {
+            "clean": self.clean & game.traits["cleanable"],
+            "heat": self.hot & game.traits["heatable"],
+            "cool": self.cool & game.traits["coolable"],
+        }
+        needed = 2 if kind == "pick2" else 1
         for r, objects in self.inside.items():
             if place in game.rtype[r]:
                 good = [o for o in objects if otype in game.otype[o]]
-                good = (
-                    good
-                    if condition is None
-                    else [o for o in good if o in condition and o in trait]
-                )
-                if len(good) >= (2 if kind == "pick2" else 1):
+                if kind in treated:
+                    good = [o for o in good if o in treated[kind]]
+                if len(good) >= needed:
                     return True
         return False
 
 
 def listing(names, article="a ") -> str:
-    """ "a mug 1, a plate 2, and a knife 1"; "nothing" when empty."""
+    """Names -> the text "a mug 1, a plate 2, and a knife 1"; "nothing" for none."""
     names = [article + name for name in names]
     if len(names) < 2:
         return names[0] if names else "nothing"
     return ", ".join(names[:-1]) + ", and " + names[-1]
+
+
+# --------------------------------------------------------------------------------------------------
+# The stock package
+# --------------------------------------------------------------------------------------------------
 
 
 class TextWorldGame:
@@ -437,12 +447,8 @@ class TextWorldGame:
         self.task_type = task_type_of(path)
 
     def observe(self, state, text) -> Observation:
-        return Observation(
-            text,
-            self.task,
-            self.task_type,
-            tuple(c for c in state.admissible_commands if c != "help"),
-        )
+        listed = tuple(c for c in state.admissible_commands if c != "help")
+        return Observation(text, self.task, self.task_type, listed)
 
     def reset(self) -> Observation:
         state = self.env.reset()
@@ -452,12 +458,9 @@ class TextWorldGame:
 
     def step(self, action: str):
         state, score, done = self.env.step(action)
-        return (
-            self.observe(state, state.feedback),
-            float(score),
-            done,
-            {"success": done, "score": float(score)},
-        )
+        reward = float(score)
+        obs = self.observe(state, state.feedback)
+        return obs, reward, done, {"success": done, "score": reward}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -466,7 +469,10 @@ class TextWorldGame:
 
 
 def open_item(item: str, engine: str = "fast"):
-    """One game by the path of its `game.tw-pddl`; engine: "fast", or "textworld", the stock one."""
+    """One game by the path of its `game.tw-pddl`; engine: "fast", or "textworld", the stock one.
+
+    UserError for another engine, and from the fast one for a game it does not know.
+    """
     if engine == "textworld":
         return TextWorldGame(item)
     if engine != "fast":
@@ -475,12 +481,15 @@ def open_item(item: str, engine: str = "fast"):
 
 
 def list_items(root, split, rules) -> list:
-    """The paths of a split's games; stock, too, leaves out movable receptacles and sliced objects."""
+    """The paths of a split's games, sorted; as in stock, without those of movable receptacles and
+    sliced objects. `rules` are other worlds'. UserError when there are none.
+    """
     folder = Path(root) / "json_2.1.1" / split
     if not folder.is_dir():
         found = sorted(p.name for p in (Path(root) / "json_2.1.1").glob("*") if p.is_dir())
         remedy = "run alfworld-download, or set ALFWORLD_DATA or --data"
-        remedy = f"choose one of {found}" if found else remedy
+        if found:
+            remedy = f"choose one of {found}"
         raise UserError(f"no data folder {folder} for --env alfworld, split {split}: {remedy}")
     games = sorted(str(path) for path in folder.glob("*/*/game.tw-pddl"))
     games = [path for path in games if "movable" not in path and "Sliced" not in path]

@@ -99,7 +99,9 @@ stemmer = PorterStemmer(mode="MARTIN_EXTENSIONS")  # Porter's own later version,
 def term_of(token: str):
     """A token -> its search term, or None for a stop word."""
     token = regex.sub(r"['’＇][sS]$", "", token).lower()
-    return stemmer.stem(token, to_lowercase=False) if token and token not in STOP_WORDS else None
+    if not token or token in STOP_WORDS:
+        return None
+    return stemmer.stem(token, to_lowercase=False)
 
 
 def analyze(text: str) -> list:
@@ -108,7 +110,8 @@ def analyze(text: str) -> list:
     >>> analyze("The dog's 3.5-inch RUNNING shoes")
     ['dog', '3.5', 'inch', 'run', 'shoe']
     """
-    return [term for token in TOKEN.findall(text) if (term := term_of(token))]
+    terms = map(term_of, TOKEN.findall(text))
+    return [term for term in terms if term]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,16 +147,17 @@ class Index:
     @staticmethod
     def build(documents, ids, folder):
         """Write the index of an iterable of texts; its arrays hold 8 bytes for each posting."""
-        terms, lengths = {}, []
+        terms = {}  # term -> its number
+        lengths = []
         columns = [array.array("i") for _ in range(3)]  # term, document, frequency
-        for doc, text in enumerate(documents):
+        for number, text in enumerate(documents):
             counts = Counter(analyze(text))
             lengths.append(counts.total())
-            for term, frequency in counts.items():
-                posting = (terms.setdefault(term, len(terms)), doc, frequency)
+            for word, times in counts.items():
+                posting = (terms.setdefault(word, len(terms)), number, times)
                 for column, value in zip(columns, posting):
                     column.append(value)
-        term, doc, frequency = (np.frombuffer(c, np.int32) for c in columns)
+        term, doc, frequency = (np.frombuffer(c, np.int32) for c in columns)  # [postings] each
         mean = np.float32(sum(lengths) / max(1, len(lengths)))
         stored = np.array([stored_length(n) for n in lengths], np.float32)
         norm = np.float32(1) / (K1 * ((1 - B) + B * stored / mean))  # [N] 1 / norm(d)
@@ -169,15 +173,17 @@ class Index:
 
     def search(self, query: str, k: int = RESULTS) -> list:
         """The numbers of the k best documents; a word given twice counts twice."""
-        scores, n_docs, one = np.zeros(len(self.rank)), len(self.rank), np.float32(1)
+        n_docs = len(self.rank)
+        scores = np.zeros(n_docs)
         for term, times in Counter(analyze(query)).items():
-            if (i := self.terms.get(term)) is None:
+            if term not in self.terms:
                 continue
+            i = self.terms[term]
             span = slice(self.starts[i], self.starts[i + 1])
             n = int(span.stop - span.start)
             idf = np.float32(np.log(1 + (n_docs - n + 0.5) / (n + 0.5)))
             weight = np.float32(times) * idf
-            scores[self.docs[span]] += weight - weight / (one + self.weights[span])
+            scores[self.docs[span]] += weight - weight / (np.float32(1) + self.weights[span])
         scores = scores.astype(np.float32)
         found = np.flatnonzero(scores)
         if len(found) > k:  # first cut to the k best and their ties, then sort those few
@@ -199,16 +205,23 @@ def find_file(folder, pattern) -> Path:
 
 
 def stream_json(path, block=1 << 20):
-    """The elements of a JSON array, or the (key, value) pairs of a JSON object, one by one."""
-    decode, space = json.JSONDecoder().raw_decode, re.compile(r"[\s,:]*")
+    """The elements of a JSON array, or the (key, value) pairs of a JSON object, one by one.
+
+    Reads `block` characters at a time. UserError for anything else, or where the file breaks off.
+    """
+    decode = json.JSONDecoder().raw_decode
+    space = re.compile(r"[\s,:]*")
     with open(path, encoding="utf-8") as file:
-        text, at, parts = file.read(block), 1, []
-        pairs = text[:1] == "{"
+        text = file.read(block)
         if text[:1] not in ("{", "["):
             raise UserError(f"{path}: neither a JSON array nor an object; download it again")
+        pairs = text[:1] == "{"
+        closing = "}" if pairs else "]"
+        at = 1
+        parts = []  # of the pair that is being read
         while True:
             at = space.match(text, at).end()
-            if text[at : at + 1] == ("}" if pairs else "]"):
+            if text[at : at + 1] == closing:
                 return
             try:
                 value, end = decode(text, at)
@@ -219,29 +232,37 @@ def stream_json(path, block=1 << 20):
                 more = file.read(max(block, len(text) - at))
                 if not more:
                     raise UserError(f"{path}: ends in the middle; download it again")
-                text, at = text[at:] + more, 0
+                text = text[at:] + more
+                at = 0
                 continue
-            at, parts = end, [*parts, value]
-            if len(parts) == 1 + pairs:
-                yield tuple(parts) if pairs else parts[0]
+            at = end
+            if not pairs:
+                yield value
+                continue
+            parts.append(value)
+            if len(parts) == 2:
+                yield tuple(parts)
                 parts = []
 
 
 def read_product(raw: dict, attributes: dict, human: list) -> dict:
-    """An entry of items_shuffle -> what pages, search and reward use. Missing fields are empty."""
+    """An entry of items_shuffle -> what pages, search and reward use. Missing fields are empty.
+
+    attributes   its entry of items_ins_v2: the attributes, maybe an instruction
+    human        its entry of items_human_ins
+    """
     bullets = raw.get("small_description") or []
-    prices = [
-        float(Decimal(number))
-        for part in (raw.get("pricing") or "").split("$")[1:]
-        if (number := re.sub(r"[^\d.]", "", part).strip("."))
-    ][:2] or [100.0]
-    options = {
-        name.lower(): [
-            str(content["value"]).strip().replace("/", " | ").lower() for content in contents
-        ]
-        for name, contents in (raw.get("customization_options") or {}).items()
-        if contents is not None
-    }
+    prices = read_prices(raw.get("pricing") or "")
+    options = {}
+    for name, contents in (raw.get("customization_options") or {}).items():
+        if contents is not None:
+            values = [str(content["value"]).strip() for content in contents]
+            options[name.lower()] = [value.replace("/", " | ").lower() for value in values]
+    written = []
+    for goal in human:
+        if goal["instruction_attributes"]:
+            fields = ("instruction", "instruction_attributes", "instruction_options")
+            written.append([goal[field] for field in fields])
     return {
         "asin": raw["asin"],
         "title": raw.get("name") or "",
@@ -256,12 +277,15 @@ def read_product(raw: dict, attributes: dict, human: list) -> dict:
         "attributes": attributes.get("attributes", ["DUMMY_ATTR"]),
         "instruction": attributes.get("instruction"),
         "instruction_attributes": attributes.get("instruction_attributes") or [],
-        "human": [
-            [i["instruction"], i["instruction_attributes"], i["instruction_options"]]
-            for i in human
-            if i["instruction_attributes"]
-        ],
+        "human": written,
     }
+
+
+def read_prices(text: str) -> list:
+    """"$5 to $8" -> [5.0, 8.0]: one price, or the two ends of a range; [100.0] for none."""
+    digits = [re.sub(r"[^\d.]", "", part).strip(".") for part in text.split("$")[1:]]
+    prices = [float(Decimal(number)) for number in digits if number]
+    return prices[:2] or [100.0]
 
 
 def document(product: dict) -> str:
@@ -279,15 +303,22 @@ def price_limit(price: float, rng):
 
 
 def build_cache(folder, cache):
-    """Read the three files once: products.jsonl with an offset for each, prices, limits, index."""
+    """Read the three files of `folder` once, and write the folder `cache`: products.jsonl with an
+    offset for each product, the table of prices and limits, the index.
+    """
     part = cache.with_name(cache.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     attributes = dict(stream_json(find_file(folder, "items_ins_v2*.json")))
     human_files = sorted(Path(folder).glob("items_human_ins*.json"))  # human goals are optional
     human = dict(stream_json(human_files[0])) if human_files else {}
-    offsets, ids, prices, instructed, uses = [0], [], [], [], Counter()  # uses: goals per attribute
-    seen, path = set(), part / "products.jsonl"
+    offsets = [0]
+    ids = []
+    prices = []
+    instructed = []
+    uses = Counter()  # attribute -> goals that have it
+    seen = set()
+    path = part / "products.jsonl"
     with open(path, "wb") as file:
         for raw in stream_json(find_file(folder, "items_shuffle*.json")):
             asin = str(raw.get("asin") or "nan")
@@ -300,24 +331,13 @@ def build_cache(folder, cache):
             offsets.append(offsets[-1] + len(line))
             ids.append(asin)
             prices.append(product["prices"])
-            options = [len(values) for _, values in sorted(product["options"].items())]
-            synthetic = options if product["instruction"] is not None else None
-            for attribute in product["instruction_attributes"] if synthetic is not None else ():
-                uses[attribute] += math.prod(synthetic)
+            synthetic = None  # how many values each option of the goals has; None without goals
+            if product["instruction"] is not None:
+                synthetic = [len(values) for _, values in sorted(product["options"].items())]
+                for attribute in product["instruction_attributes"]:
+                    uses[attribute] += math.prod(synthetic)
             instructed.append((synthetic, len(product["human"]), product["category"]))
-    rng = random.Random(SEED)  # the original's order of draws: all prices, then the limits
-    drawn = [p[0] if len(p) == 1 else rng.uniform(*p) for p in prices]
-    state = rng.getstate()
-    limits = [
-        price_limit(price, rng) if synthetic is not None else None
-        for price, (synthetic, _, _) in zip(drawn, instructed)
-    ]
-    rng.setstate(state)
-    human_limits = [
-        [price_limit(price, rng) for _ in range(n)] for price, (_, n, _) in zip(drawn, instructed)
-    ]
-    table = {"ids": ids, "prices": drawn, "limits": limits, "human_limits": human_limits}
-    table |= {"instructed": instructed, "uses": uses}
+    table = {"ids": ids, **draw_prices(prices, instructed), "instructed": instructed, "uses": uses}
     (part / "table.json").write_text(json.dumps(table))
     np.save(part / "offsets.npy", np.array(offsets))
     with open(path, "rb") as file:
@@ -326,17 +346,40 @@ def build_cache(folder, cache):
     part.rename(cache)
 
 
+def draw_prices(prices, instructed) -> dict:
+    """A price for each product and a limit for each goal, in the original's order of draws: all
+    prices, then the limits, which start anew for the human goals.
+
+    prices       per product [price] or [lowest, highest]
+    instructed   per product as in `Catalogue`
+    """
+    rng = random.Random(SEED)
+    drawn = [p[0] if len(p) == 1 else rng.uniform(*p) for p in prices]
+    state = rng.getstate()
+    limits = []
+    for price, (synthetic, _, _) in zip(drawn, instructed):
+        limits.append(None if synthetic is None else price_limit(price, rng))
+    rng.setstate(state)
+    human_limits = []
+    for price, (_, n_human, _) in zip(drawn, instructed):
+        human_limits.append([price_limit(price, rng) for _ in range(n_human)])
+    return {"prices": drawn, "limits": limits, "human_limits": human_limits}
+
+
 class Catalogue:
     """Products by number, their drawn prices, the search index and the goals."""
 
     def __init__(self, cache):
         table = json.loads((cache / "table.json").read_text())
-        self.ids, self.prices = table["ids"], table["prices"]
-        self.limits, self.human_limits = table["limits"], table["human_limits"]
-        self.instructed = table["instructed"]  # (options of the goals or None, human goals, type)
+        self.ids = table["ids"]
+        self.prices = table["prices"]
+        self.limits = table["limits"]
+        self.human_limits = table["human_limits"]
+        self.instructed = table["instructed"]  # (values per option or None, human goals, category)
         self.uses = table["uses"]
         self.number = {asin: i for i, asin in enumerate(self.ids)}
-        self.index, self.offsets = Index(cache), np.load(cache / "offsets.npy")
+        self.index = Index(cache)
+        self.offsets = np.load(cache / "offsets.npy")
         self.file = open(cache / "products.jsonl", "rb")
         self.product = lru_cache(maxsize=4096)(self.read)
 
@@ -345,9 +388,11 @@ class Catalogue:
         return json.loads(self.file.readline())
 
     def search(self, words: list) -> list:
-        """Products for a query; <r>, <c> and <q> as first word are the original's back doors
-        (<r>, any products, are the same for the same words here)."""
-        first, rest = words[0], " ".join(words[1:]).strip()
+        """Numbers of the products for a query; <r>, <c> and <q> as first word are the original's
+        back doors (<r>, any products, are the same for the same words here).
+        """
+        first = words[0]
+        rest = " ".join(words[1:]).strip()
         if first == "<r>":
             count = len(self.ids)
             return random.Random(rest).sample(range(count), min(RESULTS, count))
@@ -394,17 +439,18 @@ class Catalogue:
         number = self.number[asin]
         product = self.product(number)
         if which.startswith("human-"):
-            k = int(which[6:])
+            k = int(which.removeprefix("human-"))
             text, attributes, options = product["human"][k]
-            text, limit, weight = text.strip("."), self.human_limits[number][k], 1
+            text = text.strip(".")
+            limit = self.human_limits[number][k]
+            weight = 1
         else:
-            names = sorted(product["options"])
-            values = itertools.product(*(product["options"][n] for n in names))
-            options = dict(zip(names, next(itertools.islice(values, int(which), None))))
             text = product["instruction"]
+            attributes = product["instruction_attributes"]
+            options = nth_choice(product["options"], int(which))
             if options:
                 text += " with " + ", and ".join(f"{k}: {v}" for k, v in options.items())
-            attributes, limit = product["instruction_attributes"], self.limits[number]
+            limit = self.limits[number]
             weight = sum(1 / self.uses[a] for a in attributes) / max(1, len(attributes))
         if limit:
             text += f", and price lower than {limit:.2f} dollars"
@@ -422,13 +468,22 @@ class Catalogue:
         }
 
 
+def nth_choice(options: dict, n: int) -> dict:
+    """{option: values} -> {option: value}, the n-th of all ways to choose, by sorted names."""
+    names = sorted(options)
+    choices = itertools.product(*(options[name] for name in names))
+    return dict(zip(names, next(itertools.islice(choices, n, None))))
+
+
 @lru_cache(maxsize=4)
 def load_catalogue(folder) -> Catalogue:
     """Open the cache of a data folder, built first where it is missing or its files changed."""
-    files = sorted(p for p in Path(folder).glob("items_*.json"))
     find_file(folder, "items_shuffle*.json")  # a clear error before anything else
-    stamp = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime) for p in files]
-    cache = CACHE / hashlib.sha256(json.dumps([FORMAT, SEED, stamp]).encode()).hexdigest()[:16]
+    files = []
+    for path in sorted(Path(folder).glob("items_*.json")):
+        files.append((str(path.resolve()), path.stat().st_size, path.stat().st_mtime))
+    key = json.dumps([FORMAT, SEED, files]).encode()
+    cache = CACHE / hashlib.sha256(key).hexdigest()[:16]
     if not cache.exists():
         build_cache(folder, cache)
     tagger()  # spaCy takes a second to start: at the start, not at the first purchase
@@ -453,7 +508,8 @@ COLORS = (  # in the original's order: the first one contained in a value replac
 
 def normalize_color(value):
     """The first colour word that `value` contains: of a string as a substring ("standard" is
-    "tan"), of a (name, value) pair as one of the two."""
+    "tan"), of a (name, value) pair as one of the two. `value` itself where there is none.
+    """
     return next((color for color in COLORS if color in value), value)
 
 
@@ -466,7 +522,7 @@ def matches(a, b) -> bool:
 
 @lru_cache(maxsize=1)
 def tagger():
-    """spaCy's English model where it is installed, else its tokenizer alone."""
+    """(spaCy's English model, True) where it is installed, else (its tokenizer alone, False)."""
     import spacy  # comes with alfworld
 
     try:
@@ -479,12 +535,13 @@ def tagger():
 
 @lru_cache(maxsize=4096)
 def nouns(title: str) -> tuple:
+    """The nouns of a title in lower case; every word with a letter where there is no tagger."""
     parse, tagged = tagger()
-    return tuple(
-        t.text.lower()
-        for t in parse(title)
-        if (t.pos_ in ("NOUN", "PROPN") if tagged else any(map(str.isalpha, t.text)))
-    )
+    if tagged:
+        chosen = [token for token in parse(title) if token.pos_ in ("NOUN", "PROPN")]
+    else:
+        chosen = [token for token in parse(title) if any(map(str.isalpha, token.text))]
+    return tuple(token.text.lower() for token in chosen)
 
 
 def reward(product: dict, goal: dict, price: float, chosen: dict) -> float:
@@ -494,30 +551,39 @@ def reward(product: dict, goal: dict, price: float, chosen: dict) -> float:
 
     r_type is 1 for the right kind of product: same query, two common levels of the category, or
     a fifth of the goal's nouns in the title; else 0.5; with hardly a common noun 0.1, with none 0.
+
+    price    the drawn price of the product
+    chosen   {option: value}
     """
     wanted = nouns(goal["name"])
-    common = len(set(nouns(product["title"])) & set(wanted))
-    title_score = common / len(wanted) if wanted else 0.2
-    levels = [{x.strip() for x in p["product_category"].split("›")} for p in (product, goal)]
-    same = product["query"] == goal["query"] or len(levels[0] & levels[1]) >= 2
-    r_type = 1.0 if same or title_score > 0.2 else 0.5
+    common = set(nouns(product["title"])) & set(wanted)
+    title_score = len(common) / len(wanted) if wanted else 0.2
+    levels = category_levels(product) & category_levels(goal)
+    same_kind = product["query"] == goal["query"] or len(levels) >= 2
+    r_type = 1.0 if same_kind or title_score > 0.2 else 0.5
     if title_score < 0.1:
         r_type = 0.1 if title_score > 0 else 0.0
 
     text = [product["title"], " ".join(map(str, product["bullets"])), product["description"]]
     text = [t.lower() for t in text]
-    n_attributes = sum(
-        any(matches(have, want) for have in product["attributes"]) or any(want in t for t in text)
-        for want in goal["attributes"]
-    )
-    options = goal["goal_options"]  # a dict's items stay pairs, and are compared as such
-    options = options.items() if isinstance(options, dict) else options
+    n_attributes = 0
+    for want in goal["attributes"]:
+        listed = any(matches(have, want) for have in product["attributes"])
+        n_attributes += listed or any(want in t for t in text)
+    options = goal["goal_options"]
+    if isinstance(options, dict):  # its items stay pairs, and are compared as such
+        options = options.items()
     options = [normalize_color(option) for option in options]
     values = [normalize_color(value) for value in chosen.values()]
     n_options = sum(any(matches(value, want) for value in values) for want in options)
     right_price = price <= goal["price_upper"]
     total = n_attributes + n_options + right_price
     return total / (len(goal["attributes"]) + len(options) + 1) * r_type
+
+
+def category_levels(described: dict) -> set:
+    """The levels of the category of a product or a goal."""
+    return {level.strip() for level in described["product_category"].split("›")}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -532,7 +598,7 @@ SUBPAGES = ("Description", "Features", "Reviews")
 
 
 def parse_command(action: str) -> tuple:
-    """"verb[target]" -> (verb, target in lower case), as the original's `(.+)\\[(.+)\\]` finds them.
+    """"verb[target]" -> (verb, target in lower case), as the original's `(.+)\\[(.+)\\]` finds.
 
     Greedy on one line: the target ends at the last "]" and begins at the last "[" that leaves it
     something; anything else is a verb without a target. Linear in the length, which a regular
@@ -563,7 +629,11 @@ class WebShop:
         self.catalogue = catalogue
 
     def reset(self) -> Observation:
-        self.done, self.score, self.words, self.number = False, 0.0, None, 1
+        """Start at the search page, always the same -> what the agent sees first."""
+        self.done = False
+        self.score = 0.0
+        self.words = None  # of the last search
+        self.number = 1  # of its page
         self.open_search()
         return self.observe()
 
@@ -577,7 +647,8 @@ class WebShop:
         if self.done:
             pass
         elif verb == "search" and target:  # on every page, with or without a search bar
-            self.words, self.number = target.split(" "), 1
+            self.words = target.split(" ")
+            self.number = 1
             self.open_results()
         elif verb == "click" and target in self.clickables and target != "search":
             self.click(target)
@@ -589,25 +660,31 @@ class WebShop:
         admissible = [f"click[{name}]" for name in self.clickables]
         if self.kind == "search":
             admissible.insert(0, "search[<your query>]")
-        goal = self.goal
-        task, category = goal["instruction_text"], goal["category"] or "all"
+        task = self.goal["instruction_text"]
+        category = self.goal["category"] or "all"
         return Observation(self.page, task, category, tuple(admissible), "webshop")
 
     def show(self, kind, parts, buttons, links=(), options=()):
-        """Make a page of text parts; a click on an option value carries the option's name."""
+        """Make a page of text parts.
+
+        clickables   what can be clicked -> the option's name for one of its values, else None
+        """
         head = ["WebShop"] if kind == "search" else []
         head += ["Instruction:", self.goal["instruction_text"]]
         visible = [p.strip() for p in head + parts if p not in ("", "\n")]
-        self.kind, self.page = kind, " [SEP] ".join(visible)
-        self.clickables = dict.fromkeys([b.lower() for b in [*buttons, *links]])
+        self.kind = kind
+        self.page = " [SEP] ".join(visible)
+        self.clickables = dict.fromkeys(name.lower() for name in [*buttons, *links])
         self.clickables |= {value: name for name, values in options for value in values}
 
     def open_search(self):
-        self.asin, self.options = None, {}
+        self.asin = None
+        self.options = {}
         self.show("search", ["Search"], ["search"])
 
     def open_results(self):
-        self.asin, self.options = None, {}
+        self.asin = None
+        self.options = {}
         found = self.catalogue.search(self.words)
         first = (self.number - 1) * PER_PAGE
         products = [self.catalogue.product(i) for i in found[first : first + PER_PAGE]]
@@ -632,15 +709,19 @@ class WebShop:
 
     def buy(self):
         number = self.catalogue.number[self.asin]
-        product, price = self.catalogue.product(number), self.catalogue.prices[number]
-        self.score, self.done = reward(product, self.goal, price, self.options), True
+        product = self.catalogue.product(number)
+        price = self.catalogue.prices[number]
+        self.score = reward(product, self.goal, price, self.options)
+        self.done = True
         chosen = json.dumps(self.options, sort_keys=True)
         for character in "<>&'":  # as the original's template writes it
             chosen = chosen.replace(character, f"\\u{ord(character):04x}")
-        self.kind, self.clickables = "done", {}
+        self.kind = "done"
+        self.clickables = {}
         self.page = DONE_PAGE.format(asin=self.asin, options=chosen, score=self.score)
 
     def click(self, target):
+        """Follow a button, else choose an option's value, else open a product."""
         if target == BUY.lower():
             self.buy()
         elif target == BACK.lower():
@@ -657,11 +738,11 @@ class WebShop:
             self.open_results()
         elif target.capitalize() in SUBPAGES:
             self.open_subpage(target)
+        elif self.clickables[target] is not None:
+            self.options[self.clickables[target]] = target
+            self.open_item()
         else:
-            if self.clickables[target] is not None:
-                self.options[self.clickables[target]] = target
-            else:
-                self.asin = target.upper()
+            self.asin = target.upper()
             self.open_item()
 
 
@@ -682,7 +763,9 @@ DONE_PAGE = (
 
 def open_item(item, engine: str = "fast") -> WebShop:
     """A session for "<data folder>/<asin>/<number>" as `list_items` gives it, or for a goal as a
-    dict in the original's format, in the catalogue under $WEBSHOP_DATA.
+    dict in the original's format, in the catalogue under $WEBSHOP_DATA. There is one engine.
+
+    UserError without the data, or for a product that is not in them.
     """
     if isinstance(item, dict):
         return WebShop(item, load_catalogue(os.environ.get("WEBSHOP_DATA", ".")))
@@ -692,7 +775,10 @@ def open_item(item, engine: str = "fast") -> WebShop:
 
 
 def list_items(root, split, rules) -> list:
-    """The goals of a split; rules: human_goals, split_rule (see `Catalogue.split`)."""
+    """The goals of a split; rules: human_goals, split_rule (see `Catalogue.split`).
+
+    UserError for another split or rule, without the data, or where there are no such goals.
+    """
     if split not in ("train", "test"):
         raise UserError(f"--env webshop has no split {split}: choose train or test")
     if rules["split_rule"] not in ("product", "verl"):
@@ -706,7 +792,8 @@ def list_items(root, split, rules) -> list:
 
 def identity(item, rules) -> tuple:
     """What two splits must not share: the product, or under the usual rule the goal."""
-    return Path(item).parts[-2:] if rules["split_rule"] == "verl" else Path(item).parts[-2:-1]
+    product, number = Path(item).parts[-2:]
+    return (product, number) if rules["split_rule"] == "verl" else (product,)
 
 
 def shown(text, task) -> str:

@@ -1,0 +1,97 @@
+"""What the documents say of the code holds: references, the paper-to-code map, the forks."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "runs", "tests"} & set(p.parts)]
+METHOD = (ROOT / "docs" / "method.md").read_text()
+FORK = (ROOT / "docs" / "fork.md").read_text()
+
+
+def test_every_equation_the_code_names_is_there():
+    """A reference to a note that is not in the project helps nobody."""
+    tags = {int(n) for n in re.findall(r"\\tag\{(\d+)\}", METHOD)}
+    assert tags == set(range(1, len(tags) + 1))
+    named = set()
+    for path in SOURCES:
+        text = path.read_text()
+        for first, last in re.findall(r"method Eq\. (\d+)(?: to (\d+))?", text):
+            named |= {int(first), int(last or first)}
+        for first, last in re.findall(r"GiGPO Eq\. (\d+)(?: to (\d+))?", text):
+            assert 3 <= int(first) <= int(last or first) <= 8, path  # the equations of that paper
+        for section in re.findall(r"docs/method\.md, section (\d)", text):
+            assert f"\n## {section}. " in METHOD, path
+        assert not re.search(r"\bmethod (section )?\d|\(\d\.\d\)|\bM \d\.\d", text), path
+    assert named and named <= tags
+
+
+def test_every_entry_of_the_paper_to_code_map_exists():
+    readme = (ROOT / "README.md").read_text()
+    entries = re.findall(r"`([\w/]+\.py):(\w+)(?:\.(\w+))?`", readme)
+    assert len(entries) >= 9
+    for file, name, method in entries:
+        text = (ROOT / file).read_text()
+        assert re.search(rf"^(def|class) {name}\b|^    {name}: ", text, re.M), f"{file}:{name}"
+        if method:
+            assert re.search(rf"^    def {method}\b|^    {method}: ", text, re.M), f"{file}:{method}"
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_every_file_a_document_links_to_exists(page):
+    path = ROOT / page
+    for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if not link.startswith("http"):
+            assert (path.parent / link).exists(), link
+
+
+def test_every_logged_name_is_in_the_glossary():
+    glossary = (ROOT / "docs" / "metrics.md").read_text()
+    text = (ROOT / "runtime" / "metrics.py").read_text() + (ROOT / "common.py").read_text()
+    values = r"(?:mean|success_rate|len|sum|float|norm|gap)"
+    logged = set(re.findall(rf'^        "(\w+)": {values}', text, re.M))
+    assert len(logged) > 12
+    for name in logged:
+        assert f"`{name}`" in glossary, name
+
+
+# --- docs/fork.md ---------------------------------------------------------------------------------
+
+
+def sections():
+    """Title -> text of the sections that edit something."""
+    parts = re.split(r"^## ", FORK, flags=re.M)[1:]
+    return {part.split("\n")[0]: part for part in parts}
+
+
+@pytest.mark.parametrize("title", sections())
+def test_a_fork_applies_and_runs(title, tmp_path):
+    text = sections()[title]
+    project = tmp_path / "project"
+    skip = shutil.ignore_patterns(".git", ".venv", "runs", "tests", "results", "__pycache__")
+    shutil.copytree(ROOT, project, ignore=skip)
+    block = r"```python\n(.*?)```"
+    for file, old, new in re.findall(
+        rf"In `([\w/.]+)`, replace\n\n{block}\n\nby\n\n{block}", text, re.S
+    ):
+        content = (project / file).read_text()
+        assert content.count(old) == 1, f"{file}: {old}"
+        (project / file).write_text(content.replace(old, new))
+    for file, content in re.findall(rf"New file `([\w/.]+)`\n\n{block}", text, re.S):
+        (project / file).write_text(content)
+    commands = re.search(r"^Run\n\n```\n(.*?)```", text, re.S | re.M).group(1)
+    for command in commands.strip().splitlines():
+        words = [sys.executable, *command.split()[1:]]
+        done = subprocess.run(words, cwd=project, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    metrics = next((project / "runs").glob("*/metrics.jsonl")).read_text()
+    expected = {
+        "Another loss term": '"imitation": ',
+        "Another world": '"lock"',
+        "Another writer of skills": '"mined_added"',
+    }
+    assert expected[title] in metrics

@@ -1,0 +1,117 @@
+"""Runs and their flags: what may change at resume, forks, extensions, what a value must be."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import mine
+import warmup
+from common import UserError
+from config import PRESETS, Config
+from runtime import run as runs
+from runtime.policy import make_optimizer
+
+SMALL = "--tasks 2 --group_size 2 --max_steps 3 --n_req 9999 --save_every 1 --minibatch_rows 64"
+
+
+def call(monkeypatch, script, flags):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
+    script.main()
+
+
+@pytest.fixture
+def begun(games, tmp_path, monkeypatch):
+    """A finished warm-up of one iteration in runs/t -> its flags."""
+    monkeypatch.chdir(tmp_path)
+    flags = f"--run t {SMALL} --data {games}"
+    call(monkeypatch, warmup, f"{flags} --warmup_iterations 1")
+    return flags
+
+
+def logged(run="t"):
+    lines = (Path("runs") / run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_flags_that_a_message_tells_the_user_to_lower_may_change_at_resume(begun, monkeypatch):
+    lower = "--micro_tokens 512 --generation_rows 1 --gradient_checkpointing true --samples 0"
+    call(monkeypatch, warmup, f"{begun} --warmup_iterations 2 {lower} --max_prompt_tokens 900")
+    assert [x["iteration"] for x in logged()] == [1, 2]
+
+
+@pytest.mark.parametrize("flag", ["--lr 0.5", "--gamma 0.5", "--lambda_iterations 7", "--seed 3"])
+def test_flags_that_change_the_result_are_refused_at_resume_by_name(begun, monkeypatch, flag):
+    with pytest.raises(UserError, match=f"made with {flag.split()[0]} "):
+        call(monkeypatch, warmup, f"{begun} --warmup_iterations 2 {flag}")
+
+
+def test_a_finished_phase_is_extended_by_its_iterations_and_not_repeated(begun, monkeypatch):
+    call(monkeypatch, warmup, f"{begun} --warmup_iterations 1")
+    assert len(logged()) == 1
+    call(monkeypatch, warmup, f"{begun} --warmup_iterations 3")
+    assert [x["iteration"] for x in logged()] == [1, 2, 3]
+    assert [x["episodes_so_far"] for x in logged()] == [4, 8, 12]
+
+
+def test_a_fork_goes_on_from_another_runs_warm_up_and_counts_its_episodes(begun, monkeypatch):
+    call(monkeypatch, mine, "--run control --fork t --skill_share 0 --mine_iterations 1")
+    phases = [(x["phase"], x["episodes_so_far"]) for x in logged("control")]
+    assert phases == [("warmup", 4), ("mine", 8)]
+    saved = json.loads(Path("runs/control/config.json").read_text())
+    assert saved["skill_share"] == 0 and saved["run"] == "control" and saved["max_steps"] == 3
+    assert not Path("runs/t/mine").exists()
+
+
+def test_a_saved_state_is_read_on_any_device_and_runs_no_code(begun, monkeypatch):
+    seen = {}
+    load = torch.load
+
+    def spy(path, **options):
+        seen.update(options)
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", spy)
+    runs.load_state(Path("runs/t/warmup"))
+    assert seen["map_location"] == "cpu" and seen["weights_only"] is True
+
+
+def test_optimizer_follows_the_flags_and_the_device_of_now_not_those_of_the_save():
+    model = torch.nn.Linear(3, 2)
+    old = make_optimizer(model, Config(**PRESETS["tiny"] | {"lr": 1e-3, "beta2": 0.9}))
+    model.weight.grad = torch.ones(2, 3)
+    model.bias.grad = torch.ones(2)
+    old.step()
+    state = old.state_dict()
+    for group in state["param_groups"]:
+        group["triton"] = True  # as saved on a GPU
+    now = Config(**PRESETS["tiny"] | {"lr": 1e-4, "beta2": 0.99, "weight_decay": 0.5})
+    new = make_optimizer(model, now, state)
+    for group in new.param_groups:
+        assert (group["lr"], group["beta2"], group["weight_decay"]) == (1e-4, 0.99, 0.5)
+        assert not group["triton"] and int(group["step"]) == 1
+    new.step()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("-lr 1", "unknown flag -lr: did you mean --lr?"),
+        ("--lambda_iterations 0", "--lambda_iterations 0: must be 1 at least"),
+        ("--minibatch_rows 0", "--minibatch_rows 0: must be 1 at least"),
+        ("--max_steps 0", "--max_steps 0: must be 1 at least"),
+        ("--temperature 0", "--temperature 0.0: must be above 0 in training"),
+        ("--skill_share 2", "--skill_share 2.0: must be 0 to 1"),
+        ("--baseline rows", "--baseline rows: must be steps or episodes"),
+        ("--tasks many", "invalid int value: 'many'; see --help"),
+    ],
+)
+def test_a_value_that_no_run_could_have_is_one_line_at_the_start(flags, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["warmup.py", *flags.split()])
+    with pytest.raises(UserError) as error:
+        common.parse_config("warmup", "doc")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

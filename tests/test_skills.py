@@ -1,0 +1,282 @@
+"""The life of a skill, retrieval, what the bank takes in, Delta_g. Names tell the bug guarded."""
+
+import pytest
+
+import common
+from common import Episode, Step
+from config import Config, UserError
+from skills import Skill, SkillBank, group_deltas, parse_skill, plain_successes
+
+
+def bank_of(*skills, **flags):
+    bank = SkillBank(Config(**flags))
+    bank.skills = list(skills)
+    return bank
+
+
+# --- life -----------------------------------------------------------------------------------------
+
+
+def test_skill_life_cycle():
+    good, bad, flat = (Skill("c", f"s{i}", "pick") for i in range(3))
+    bank = bank_of(good, bad, flat)
+    for _ in range(3):
+        bank.update(good, 0.5)
+    assert good.status == "candidate"  # n_eval = 4 evaluations come first
+    bank.update(good, 0.5)
+    assert good.status == "active" and good.utility == pytest.approx(0.5 * (1 - 0.7**4))
+    for _ in range(4):
+        bank.update(bad, -0.25)
+    assert bad.status == "candidate"  # below zero once
+    bank.update(bad, -0.25)
+    assert bad.status == "retired"  # twice running
+    for _ in range(9):
+        bank.update(flat, 0.0)
+    assert flat.status == "candidate"
+    for _ in range(20):
+        bank.update(good, -0.5)
+    assert good.status == "retired"  # an active skill can fall, and a retired one never returns
+    bank.update(good, 1.0)
+    assert good.status == "retired" and len(good.deltas) == 25
+    assert bank.retrieve("task", "pick") == [flat]
+
+
+def test_one_evaluation_is_the_moving_average_of_eq_9():
+    skill = Skill("c", "s", "pick", utility=0.2)
+    bank_of(skill, ema=0.25).update(skill, 0.6)
+    assert skill.utility == pytest.approx(0.75 * 0.2 + 0.25 * 0.6)
+    assert skill.n == 1 and skill.deltas == [0.6]
+
+
+def test_a_candidate_needs_more_than_the_threshold():
+    at, above = Skill("c", "at", "pick"), Skill("c", "above", "pick")
+    bank = bank_of(at, above, ema=1.0, n_eval=1, active_above=0.25)
+    bank.update(at, 0.25)
+    bank.update(above, 0.375)
+    assert (at.status, above.status) == ("candidate", "active")
+
+
+def test_one_good_evaluation_between_two_bad_ones_saves_a_skill():
+    skill = Skill("c", "s", "pick", status="active")
+    bank = bank_of(skill, ema=1.0, n_eval=1)
+    for delta in (-0.5, 0.5, -0.5):
+        bank.update(skill, delta)
+    assert skill.status == "active" and skill.below == 1
+    bank.update(skill, -0.5)
+    assert skill.status == "retired"
+
+
+def test_a_skill_is_not_retired_before_n_eval_evaluations():
+    skill = Skill("c", "s", "pick")
+    bank = bank_of(skill, ema=1.0, n_eval=4)
+    for _ in range(4):
+        bank.update(skill, -1.0)
+    assert skill.status == "candidate"  # the fourth is the first that counts
+    bank.update(skill, -1.0)
+    assert skill.status == "retired"
+
+
+def test_every_skill_of_a_group_is_credited_once_with_that_groups_delta():
+    one, two, other = (Skill("c", f"s{i}", "pick") for i in range(3))
+    bank = bank_of(one, two, other, ema=1.0)
+    episodes = [Episode("i", "g", (one, two)), Episode("i", "g", (one, two)), Episode("i", "g")]
+    episodes += [Episode("i", "h", (other,)), Episode("i", "h")]
+    bank.evaluate(episodes, {"g": 0.5, "h": -0.25})
+    assert [s.deltas for s in bank.skills] == [[0.5], [0.5], [-0.25]]
+
+
+def test_without_validation_a_skill_is_active_at_once_and_stays(tmp_path):
+    bank = bank_of(validate=False, ema=1.0, n_eval=1)
+    bank.add("it is dark", "use the lamp", "look")
+    (skill,) = bank.skills
+    assert skill.status == "active"
+    for _ in range(5):
+        bank.update(skill, -1.0)
+    assert skill.status == "active" and skill.utility == -1.0
+
+
+def test_given_skills_are_active_and_carry_no_record(tmp_path):
+    old = bank_of(Skill("c", "s", "look", utility=-0.5, status="retired", n=9))
+    old.save(tmp_path / "skills.jsonl")
+    (skill,) = SkillBank.given(Config(given_skills=str(tmp_path / "skills.jsonl"))).skills
+    assert (skill.condition, skill.strategy, skill.bucket) == ("c", "s", "look")
+    assert (skill.status, skill.n, skill.utility) == ("active", 0, 0.0)
+    assert SkillBank.given(Config()).skills == []
+
+
+# --- Delta_g and the stored successes -------------------------------------------------------------
+
+
+def outcome(group, skills, success):
+    steps = [Step("saw", [1], [2], "", [3], [0.0], "look", True, 0.0)]
+    return Episode("i", group, skills, "t", "pick", steps, success)
+
+
+def test_delta_is_the_difference_of_the_halves_and_needs_both():
+    skill = (Skill("c", "s", "pick"),)
+    episodes = [outcome("g", skill, True), outcome("g", skill, True), outcome("g", (), True)]
+    episodes += [outcome("g", (), False), outcome("h", (), True), outcome("h", (), True)]
+    assert group_deltas(episodes) == {"g": 0.5}
+    worse = [outcome("g", skill, False), outcome("g", (), True), outcome("h", skill, True)]
+    assert group_deltas(worse) == {"g": -1.0}  # harm is negative; "h" has no plain half
+
+
+def test_mining_learns_from_plain_successes_only():
+    """What the skill arm solved says nothing new: its skill is known already."""
+    skill = (Skill("c", "s", "pick"),)
+    episodes = [outcome("a", skill, True), outcome("b", (), True), outcome("c", (), False)]
+    (stored,) = plain_successes(episodes, 7)
+    assert stored == {"task": "t", "task_type": "pick", "iteration": 7, "steps": [["saw", "look"]]}
+
+
+# --- retrieval ------------------------------------------------------------------------------------
+
+
+def test_retrieval_stays_in_the_bucket_with_one_candidate_at_most():
+    bank = bank_of(
+        Skill("a", "1", "heat"), Skill("b", "2", "heat"), Skill("c", "3", "cool", status="active")
+    )
+    bank.skills += [Skill(f"d{i}", f"{i}", "heat", status="active") for i in range(4)]
+    bank.config.candidate_alone = False
+    found = bank.retrieve("heat some egg", "heat")
+    assert len(found) == 3 and sum(s.status == "candidate" for s in found) == 1
+    assert {s.bucket for s in found} == {"heat"}
+    again = bank.retrieve("heat some egg", "heat")
+    assert found[0] is not again[0]  # the other candidate gets its turn
+    only = bank.retrieve("heat some egg", "heat", statuses=("active",))
+    assert len(only) == 3 and all(s.status == "active" for s in only)
+
+
+def test_a_candidate_is_alone_in_the_prompt_so_that_delta_is_its_own():
+    candidate = Skill("a", "1", "heat")
+    active = [Skill(f"d{i}", f"{i}", "heat", status="active", utility=0.5) for i in range(4)]
+    bank = bank_of(candidate, *active, n_eval=4)
+    for _ in range(4):
+        assert bank.retrieve("heat some egg", "heat") == [candidate]
+    for _ in range(6):  # then both kinds get their turns, never together
+        found = bank.retrieve("heat some egg", "heat")
+        assert found == [candidate] or all(s.status == "active" for s in found)
+        assert len(found) <= 3
+
+
+def test_retired_skills_and_those_of_other_task_types_never_return():
+    bank = bank_of(
+        Skill("a", "1", "heat", status="retired"), Skill("b", "2", "cool", status="active")
+    )
+    assert bank.retrieve("heat some egg", "heat") == []
+
+
+def test_the_skill_that_fits_the_task_and_the_more_useful_one_come_first():
+    lamp = Skill("a lamp is near", "1", "look", status="active")
+    shelf = Skill("a shelf is near", "2", "look", status="active")
+    bank = bank_of(lamp, shelf)
+    assert bank.retrieve("find the shelf", "look", k=1) == [shelf]
+    lamp.utility = 0.9
+    assert bank.retrieve("find the shelf", "look", k=1) == [lamp]
+    assert bank.retrieve("find the shelf", "look", k=2) == [lamp, shelf]
+
+
+def test_the_little_tried_get_a_bonus():
+    tried, new = (Skill("a", str(i), "look", status="active") for i in range(2))
+    tried.retrieved = 50
+    bank = bank_of(tried, new)
+    assert bank.value(new) > bank.value(tried)
+    assert bank.retrieve("task", "look", k=1) == [new]
+
+
+def test_only_retrieval_for_training_counts_as_a_try():
+    skill = Skill("a", "1", "look", status="active")
+    bank = bank_of(skill)
+    bank.retrieve("task", "look", training=False)
+    assert skill.retrieved == 0
+    bank.retrieve("task", "look")
+    assert skill.retrieved == 1
+
+
+# --- the bank -------------------------------------------------------------------------------------
+
+
+def test_bank_refuses_instances_essays_and_repetitions():
+    bank = bank_of()
+
+    def add(condition, strategy):
+        return bank.add(condition, strategy, "clean")
+
+    first = "take it to the sinkbasin and clean it"
+    assert add("the task asks for a clean object", first) == "added"
+    again = "Take it to the sinkbasin, and clean it"
+    assert add("an object must be clean", again) == "duplicate"
+    assert add("an object must be clean", "take it to the fridge and cool it") == "added"
+    assert bank.add("an object must be clean", first, "cool") == "added"  # another task type
+    assert add("you need a mug", "open drawer 3") == "instance"
+    assert add("you shop", "buy B09ABCDEF1") == "instance"
+    assert add("you need a mug", "word " * 81) == "words"
+    assert [s.status for s in bank.skills] == ["candidate"] * 3
+
+
+def test_a_full_bucket_retires_its_least_valued_skill():
+    bank = bank_of(*(Skill("c", str(i), "pick", utility=i) for i in range(SkillBank.PER_BUCKET)))
+    assert bank.add("a condition", "a strategy unlike the others", "pick") == "added"
+    assert [s.utility for s in bank.skills if s.status == "retired"] == [0]
+
+
+NO_SKILL = [
+    "",
+    "no json",
+    "[1]",
+    '"x"',
+    '{"condition": "a"}',
+    '{"condition": 1, "strategy": 2}',
+    "{",
+    '{"condition": "", "strategy": "x"}',
+    'Sure! {"condition": "a", "strategy": "b"}',
+]
+
+
+@pytest.mark.parametrize("text", NO_SKILL)
+def test_a_summary_that_is_no_skill_is_none_and_never_crashes(text):
+    assert parse_skill(text) is None
+
+
+def test_a_summary_is_parsed():
+    text = '{"condition": "When it is hot", "strategy": "cool it."}'
+    assert parse_skill(text) == ("it is hot", "cool it")
+    assert parse_skill('```json\n{"condition": "c", "strategy": "s"}\n```') == ("c", "s")
+
+
+def test_bank_survives_its_file(config, tmp_path):
+    bank = SkillBank(config)
+    bank.add("c", "s", "pick", iteration=3)
+    bank.update(bank.skills[0], 0.5)
+    bank.save(tmp_path / "skills.jsonl")
+    loaded = SkillBank.load(tmp_path, config)
+    assert vars(loaded.skills[0]) == vars(bank.skills[0])
+    with pytest.raises(UserError, match="mine.py"):
+        SkillBank.load(tmp_path / "nowhere", config)
+
+
+def test_counts_and_the_table_tell_the_statuses_apart():
+    bank = bank_of(
+        Skill("c", "gone", "pick", status="retired"), Skill("c", "new", "pick", utility=0.25)
+    )
+    assert bank.count() == {"candidate": 1, "active": 0, "retired": 1}
+    assert bank.summary() == "1 candidate 0 active 1 retired"
+    lines = bank.table().split("\n")
+    assert "new" in lines[1] and "+0.25" in lines[1] and "gone" in lines[2]
+
+
+# --- retrieval in a phase -------------------------------------------------------------------------
+
+
+def test_a_phase_gets_the_skills_of_the_statuses_it_names(config, games):
+    items = common.envs.list_items("alfworld", "train", games)
+    item = next(i for i in items if "pick_and_place" in i)
+    candidate = Skill("a", "1", "pick")
+    active = Skill("b", "2", "pick", status="active")
+    bank = bank_of(candidate, active)
+    options = {"members": 4, "skilled": 2, "bank": bank}
+    (group,) = common.plan_groups([item], config, statuses=("active",), **options)
+    assert [e.skills for e in group] == [(active,), (active,), (), ()]
+    assert candidate.retrieved == 0 and active.retrieved == 1  # a group is one try
+    (group,) = common.plan_groups([item], config, statuses=("candidate", "active"), **options)
+    assert [e.skills for e in group] == [(candidate,), (candidate,), (), ()]
