@@ -40,7 +40,7 @@ class Config:
     dtype: str = flag("bfloat16", "dtype of the weights: float32 or bfloat16")
     device: str = flag("", "cuda or cpu; empty: cuda when there is one")
     gradient_checkpointing: bool = flag(True, "recompute activations in backward to save memory")
-    fork: str = flag("", "mine.py: start from the warm-up of this other run")
+    fork: str = flag("", "mine.py, distill.py: start from this other run's phase before")
     # rollout
     tasks: int = flag(16, "tasks (groups) per iteration")
     group_size: int = flag(8, "episodes per task")

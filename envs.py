@@ -59,12 +59,13 @@ def list_items(name, split, data=None, *, human_goals=False, split_rule="product
     return world(name).list_items(data_root(name, data), split, rules)
 
 
-def shared_items(name, split, other, data=None, **rules) -> set:
+def shared_items(name, split, other, data=None, *, human_goals=False, split_rule="product"):
     """What two splits have in common (games, products with goals; goals under `split_rule` "verl"):
     an evaluation must not see training items.
     """
     if split == other:
         return set()
+    rules = {"human_goals": human_goals, "split_rule": split_rule}
     try:
         items = [list_items(name, s, data, **rules) for s in (split, other)]
     except UserError as error:  # only one of the two is on this machine

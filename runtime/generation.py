@@ -172,26 +172,39 @@ def read_prompts(model, prompts, cache):
 
 
 def replay(cache, step, *inputs, **shape):
-    """step(*inputs, **shape) as a CUDA graph, captured when the shape is new; eager on a CPU."""
-    if inputs[0].device.type != "cuda":
+    """step(*inputs, **shape) as a CUDA graph, captured when the shape is new; eager on a CPU, and
+    where a capture has failed, which is slower and right all the same.
+    """
+    if cache.pool is None:
         return step(*inputs, **shape)
     key = (len(inputs[0]), *shape.values())
     if key not in cache.graphs:
-        fixed = [x.clone() for x in inputs]
-        side = torch.cuda.Stream()  # libraries set themselves up in a first run, off the record
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step(*fixed, **shape)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=cache.pool):
-            outputs = step(*fixed, **shape)
-        cache.graphs[key] = (graph, fixed, outputs)
+        try:
+            cache.graphs[key] = capture(cache.pool, step, inputs, shape)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            print(f"decoding without CUDA graphs: the capture failed ({reason})")
+            cache.pool = None
+            return step(*inputs, **shape)
     graph, fixed, outputs = cache.graphs[key]
     for old, new in zip(fixed, inputs):
         old.copy_(new)
     graph.replay()
     return [x.clone() for x in outputs]
+
+
+def capture(pool, step, inputs, shape) -> tuple:
+    """(graph, the tensors it reads, the tensors it writes) of one step."""
+    fixed = [x.clone() for x in inputs]
+    side = torch.cuda.Stream()  # libraries set themselves up in a first run, off the record
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(*fixed, **shape)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        outputs = step(*fixed, **shape)
+    return graph, fixed, outputs
 
 
 def sample_batch(model, prompts, uniform, ends, cache, *, temperature, stop):

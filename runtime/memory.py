@@ -57,7 +57,7 @@ KNOWN = {  # the presets' models, so that the table needs no network
 
 
 def model_config(path: str):
-    """The shape of a model: a preset's or one of `SHAPES`, else its config, local or from the hub."""
+    """The shape of a model: a preset's, one of `SHAPES`, else its config, local or from the hub."""
     name = KNOWN.get(path, path)
     if name in SHAPES:
         return Qwen2Config(**SHAPES[name])

@@ -29,6 +29,9 @@ from runtime import memory, parallel
 from runtime.policy import Policy, dtype_of, load_policy, load_reference, make_optimizer
 
 
+PHASES = ("warmup", "mine", "distill")
+
+
 def set_up(config) -> torch.device:
     """Seed everything, make the embedded games or products where they are meant -> the device."""
     if config.dry_run:
@@ -126,7 +129,7 @@ class Run:
         UserError unless `after` has finished.
         """
         before = self.root / after if after else None
-        if after == "warmup" and self.config.fork:
+        if after and self.config.fork and not before.exists():
             before = Path("runs") / self.config.fork / after
         if before:
             self.require_finished(before)
@@ -159,8 +162,8 @@ class Run:
             raise UserError(f"{folder} is not finished: {command} goes on with it")
 
     def begin(self):
-        """Write the run's config.json where this is its first phase; a fork takes the lines that
-        its warm-up has logged.
+        """Write the run's config.json where this is its first phase; a fork takes over what the
+        phases before have logged.
         """
         path = self.root / "config.json"
         if self.phase == "warmup" and not self.folder.exists() or not path.exists():
@@ -168,7 +171,8 @@ class Run:
         theirs = Path("runs") / self.config.fork / "metrics.jsonl"
         ours = self.root / "metrics.jsonl"
         if self.config.fork and theirs.exists() and not ours.exists():
-            lines = [x for x in read_jsonl(theirs) if x["phase"] == "warmup"]
+            earlier = PHASES[: PHASES.index(self.phase)]
+            lines = [x for x in read_jsonl(theirs) if x["phase"] in earlier]
             write_atomically(ours, "".join(json.dumps(x) + "\n" for x in lines))
 
     def iterations(self, last) -> range:

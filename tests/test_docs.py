@@ -26,7 +26,7 @@ def test_every_equation_the_code_names_is_there():
             assert 3 <= int(first) <= int(last or first) <= 8, path  # the equations of that paper
         for section in re.findall(r"docs/method\.md, section (\d)", text):
             assert f"\n## {section}. " in METHOD, path
-        assert not re.search(r"\bmethod (section )?\d|\(\d\.\d\)|\bM \d\.\d", text), path
+        assert not re.search(r"\bmethod (section )?\d|\bM \d\.\d", text), path
     assert named and named <= tags
 
 
@@ -38,7 +38,7 @@ def test_every_entry_of_the_paper_to_code_map_exists():
         text = (ROOT / file).read_text()
         assert re.search(rf"^(def|class) {name}\b|^    {name}: ", text, re.M), f"{file}:{name}"
         if method:
-            assert re.search(rf"^    def {method}\b|^    {method}: ", text, re.M), f"{file}:{method}"
+            assert re.search(rf"^    def {method}\b", text, re.M), f"{file}:{method}"
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
@@ -69,7 +69,7 @@ def sections():
 
 
 @pytest.mark.parametrize("title", sections())
-def test_a_fork_applies_and_runs(title, tmp_path):
+def test_a_fork_applies_and_runs(title, games, tmp_path):
     text = sections()[title]
     project = tmp_path / "project"
     skip = shutil.ignore_patterns(".git", ".venv", "runs", "tests", "results", "__pycache__")
@@ -86,6 +86,8 @@ def test_a_fork_applies_and_runs(title, tmp_path):
     commands = re.search(r"^Run\n\n```\n(.*?)```", text, re.S | re.M).group(1)
     for command in commands.strip().splitlines():
         words = [sys.executable, *command.split()[1:]]
+        if "--data" not in words and "warmup.py" in words:
+            words += ["--data", str(games)]  # twelve games instead of the demo's 1,380
         done = subprocess.run(words, cwd=project, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
     metrics = next((project / "runs").glob("*/metrics.jsonl")).read_text()

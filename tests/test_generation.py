@@ -114,6 +114,21 @@ def test_sample_draws_each_token_as_often_as_its_probability():
     torch.testing.assert_close(logprobs.exp(), expected[tokens])
 
 
+def test_a_failed_capture_of_the_decode_step_falls_back_to_eager(policy, monkeypatch, capsys):
+    options = {"max_new_tokens": 6, "temperature": 1.0, "seed": 0}
+    expected = generate(policy.model, policy.tokenizer, PROMPTS, **options)
+
+    def fail(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(generation, "capture", fail)
+    cache = Cache(policy.model, len(PROMPTS), 200)
+    cache.pool = "a pool, as on a GPU"
+    assert generate(policy.model, policy.tokenizer, PROMPTS, cache=cache, **options) == expected
+    said = capsys.readouterr().out
+    assert said.count("the capture failed (operation not permitted") == 1
+
+
 def test_bfloat16_prompts_of_one_token_and_no_prompts_at_all(policy):
     model = policy.model
     tokenizer = policy.tokenizer

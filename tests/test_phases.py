@@ -154,16 +154,17 @@ def test_all_phases_end_to_end_in_the_embedded_shop_with_internalization(
 # --- what a phase does with skills ----------------------------------------------------------------
 
 
-def test_phase_2_uses_active_skills_and_no_candidates(finished):
-    lines = read_jsonl(finished / "mine" / "skills.jsonl")
-    lines = [line | {"status": "candidate", "n": 0} for line in lines]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (finished / "mine" / "skills.jsonl").write_text(text)
+@pytest.mark.parametrize("status, paired", [("candidate", 0), ("active", 2)])
+def test_phase_2_pairs_groups_by_active_skills_and_not_by_candidates(finished, status, paired):
+    bank = SkillBank(Config())
+    for kind in alfworld.TASK_TYPES.values():  # so that there is one for every task
+        bank.skills.append(Skill("it is dark", "use the lamp", kind, status=status))
+    bank.save(finished / "mine" / "skills.jsonl")
     shutil.rmtree(finished / "distill")
     call(distill, "--run t --distill_iterations 1")
     last = logged(finished)[-1]
-    assert last["phase"] == "distill" and last["candidate"] == len(lines) > 0
-    assert last["paired_groups"] == 0 and last["success_skill"] is None
+    assert last["phase"] == "distill" and last["paired_groups"] == paired
+    assert (last["success_skill"] is None) == (paired == 0)
 
 
 def test_without_skills_both_phases_train_plain_gigpo(finished, capsys):

@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 import common
 import envs
-from common import Episode, Step
+from common import Episode, Row, Step
 from config import UserError
 from runtime.metrics import arms, rollout_metrics
 from skills import Skill, SkillBank
@@ -50,6 +51,18 @@ def test_both_prompts_of_every_step_tell_the_same_history(paired_episodes, polic
             if t:
                 assert f"Steps taken so far: {t}." in plain
                 assert f"Action {t}: '{episode.steps[t - 1].action}'" in plain
+
+
+def test_responses_are_sampled_from_the_prompt_that_is_trained(paired_episodes, policy, config):
+    """The skilled arm's responses come from the prompt with the skill, and no other."""
+    steps = [step for e in paired_episodes if e.skills for step in e.steps]
+    gaps = {}
+    for prompt in ("prompt_ids", "plain_ids"):
+        rows = [Row(getattr(s, prompt), s.response_ids, 0.0, s.logprobs) for s in steps]
+        common.score_rows(policy.model, rows, "old_logprobs", config, 0)
+        both = [(row.old_logprobs, torch.tensor(row.rollout_logprobs)) for row in rows]
+        gaps[prompt] = max(float((ours - theirs).abs().max()) for ours, theirs in both)
+    assert gaps["prompt_ids"] < 1e-4 < gaps["plain_ids"]
 
 
 def test_equal_items_drawn_twice_are_two_groups(config):

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import envs
-from runtime.generation import encode_prompts
 from tiny import household, shop
 
 CHAT_TEMPLATE = (
@@ -58,6 +57,17 @@ def train_tokenizer(texts, world="alfworld"):
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def as_chat(tokenizer, prompt) -> str:
+    """A user message up to where the answer begins."""
+    chat = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+def encode(tokenizer, texts) -> list:
+    """The token ids of each text, nothing added."""
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def new_model(tokenizer, hidden, layers) -> Qwen2ForCausalLM:
@@ -112,7 +122,7 @@ def train_policy(
     world="alfworld",
     seed=0,
     count=60_000,
-    knows=0.0,
+    knows=None,
     start=None,
     lr=2e-2,
     hidden=128,
@@ -121,22 +131,21 @@ def train_policy(
 ) -> float:
     """Imitation of `count` lessons in one pass, `rows` a batch; saves HF format to `out`.
 
+    knows   how much the demonstrator knows; None: what the shipped policies began with
     start   a policy to go on from, with its tokenizer
     -> held-out loss in nats a token
     """
     torch.manual_seed(seed)
-    if world == "webshop":
-        pairs = shop.lessons(count, seed)
-    else:
-        pairs = household.lessons(count, seed, knows)
+    teacher = shop if world == "webshop" else household
+    pairs = teacher.lessons(count, seed, *([] if knows is None else [knows]))
     if start:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
         model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32)
     else:
         tokenizer = train_tokenizer([prompt + answer for prompt, answer in pairs[:20_000]], world)
         model = new_model(tokenizer, hidden, layers)
-    prompts = encode_prompts(tokenizer, [prompt for prompt, _ in pairs])
-    answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    prompts = encode(tokenizer, [as_chat(tokenizer, prompt) for prompt, _ in pairs])
+    answers = encode(tokenizer, [answer for _, answer in pairs])
     answers = [ids + [tokenizer.eos_token_id] for ids in answers]
     lengths = [len(prompt) for prompt in prompts]
     mean = sum(lengths) / count
@@ -189,7 +198,9 @@ def main():
     parser.add_argument("--world", choices=envs.WORLDS, default="alfworld")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=60_000, help="lessons to learn from")
-    parser.add_argument("--knows", type=float, default=0.0, help="share of right appliances")
+    parser.add_argument(
+        "--knows", type=float, help="share of right appliances (0), or of options chosen (0.45)"
+    )
     parser.add_argument("--start", type=Path, default=None, help="policy to go on from")
     parser.add_argument("--lr", type=float, default=2e-2)
     parser.add_argument("--layers", type=int, default=4)

@@ -181,8 +181,11 @@ def summarize(category, names, history) -> str:
     return json.dumps({"condition": condition, "strategy": strategy_text(chosen)})
 
 
-def lessons(count, seed) -> list:
-    """`count` (prompt, response) pairs: plain steps, steps under skills, and summaries."""
+def lessons(count, seed, knows=0.45) -> list:
+    """`count` (prompt, response) pairs: plain steps, steps under skills, and summaries.
+
+    knows   how often the demonstrator chooses an option that the task names, without a skill
+    """
     rng = random.Random(f"{seed} lessons")
     pairs = []
     number = 0  # of the catalogue
@@ -193,12 +196,12 @@ def lessons(count, seed) -> list:
             webshop.build_cache(folder, folder / "cache")
             catalogue = webshop.Catalogue(folder / "cache")
             for goal in catalogue.goal_names()[:500]:
-                pairs += lesson(webshop.WebShop(catalogue.goal(goal), catalogue), rng)
+                pairs += lesson(webshop.WebShop(catalogue.goal(goal), catalogue), rng, knows)
             catalogue.file.close()
     return pairs[:count]
 
 
-def lesson(env, rng) -> list:
+def lesson(env, rng, knows=0.45) -> list:
     """Two episodes for one goal, plain and with skills, each maybe with its summary."""
     category = env.goal["category"]
     names = list(env.goal["goal_options"])
@@ -208,7 +211,7 @@ def lesson(env, rng) -> list:
         return [name for name in names if rng.random() < share]
 
     for with_skill in (False, True):
-        plan = some(0.45)
+        plan = some(knows)
         skills = []
         if with_skill:
             for _ in range(rng.choice([1, 1, 2])):

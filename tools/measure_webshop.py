@@ -14,12 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
-
-import webshop
+from worlds import webshop
 
 
 def write_products(folder, count):
-    """Products of 110 searched words each, drawn from 50,000 words by Zipf's law."""
+    """Products of 110 searched words each, drawn from 50,000 words by Zipf's law -> the words in
+    the order of their draws.
+    """
     rng = random.Random(0)
     words = [f"w{n:x}" for n in range(50_000)]
     weights = [1 / (n + 10) for n in range(len(words))]
@@ -49,11 +50,14 @@ def write_products(folder, count):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--products", type=int, default=100_000)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--products", type=int, default=100_000, help="size of the catalogue")
     count = parser.parse_args().products
     with tempfile.TemporaryDirectory() as name:
-        folder, cache = Path(name), Path(name) / "cache"
+        folder = Path(name)
+        cache = folder / "cache"
         pool = write_products(folder, count)
         size = (folder / "items_shuffle.json").stat().st_size
         start = time.time()

@@ -4,11 +4,11 @@
         --flags "--env webshop --tasks 8"
     python -m tools.study --name shop --variants siri,gigpo --seeds 1,2,3,4,5 --table   # draw again
 
-For each seed one run of `warmup.py`; for each variant a fork of it through `mine.py` and
-`distill.py`, in --points stages of phase 2, and after the warm-up, after mining and after each
-stage an evaluation of the whole held-out split, plain prompt. Every command whose result is there
-is skipped, so the study goes on where it was stopped. `--jobs` processes run side by side, each on
-one thread.
+For each seed one run of `warmup.py`; forks of it through `mine.py`, one for all variants that are
+alike in phase 1; forks of these through `distill.py`, in --points stages; and after the warm-up,
+after mining and after each stage an evaluation of the whole held-out split, plain prompt. Every
+command whose result is there is skipped, so the study goes on where it was stopped. `--jobs`
+processes run side by side, each on one thread.
 
 Writes results/study-<name>.md (a table: mean over seeds, 95% interval, paired difference with the
 control) and .png (held-out success against episodes, mean and spread of the seeds), .json (every
@@ -41,18 +41,19 @@ from runtime.run import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTROL = "gigpo"
-VARIANTS = {  # name: the flags of mine.py and distill.py; one line makes an ablation
-    "gigpo": "--skill_share 0",
-    "siri": "",
-    "no-internalization": "--lambda_max 0",
-    "response": "--internalize_tokens response",
-    "response-strong": "--internalize_tokens response --lambda_max 1.0",
-    "no-gate": "--internalize_gate none",
-    "no-weight": "--internalize_weight one",
-    "no-validation": "--validate false",
-    "grpo": "--step_weight 0",
-    "arm-baselines": "--arm_baselines true",
-    "given": "--given_skills given-skills.jsonl --mine_episodes 0",
+VARIANTS = {  # name: (flags of both phases, flags of phase 2 alone); one line makes an ablation
+    "gigpo": ("--skill_share 0", ""),
+    "siri": ("", ""),
+    "no-internalization": ("", "--lambda_max 0"),
+    "response": ("", "--internalize_tokens response"),
+    "response-strong": ("", "--internalize_tokens response --lambda_max 1.0"),
+    "action-strong": ("", "--lambda_max 1.0"),
+    "no-gate": ("", "--internalize_gate none"),
+    "no-weight": ("", "--internalize_weight one"),
+    "no-validation": ("--validate false", ""),
+    "grpo": ("--step_weight 0", ""),
+    "arm-baselines": ("--arm_baselines true", ""),
+    "given": ("--given_skills given-skills.jsonl --mine_episodes 0", ""),
 }
 
 
@@ -127,17 +128,28 @@ def warm_up(args, seed):
     evaluated(run, "warmup", "warmup")
 
 
-def run_variant(args, variant, seed):
-    """Phases 1 and 2 of one variant and seed, with their evaluations."""
-    run = f"{args.name}-{variant}-s{seed}"
-    fork = f"--fork {args.name}-warmup-s{seed}"
-    flags = VARIANTS[variant]
+def mined_by(args, variant, seed) -> str:
+    """The run whose phase 1 a variant goes on from: that of the first one with the same flags."""
+    alike = [name for name in VARIANTS if VARIANTS[name][0] == VARIANTS[variant][0]]
+    return f"{args.name}-mine-{alike[0]}-s{seed}"
+
+
+def mine(args, run, seed, flags):
+    """Phase 1 and its evaluation."""
     if not finished(run, "mine", args.mine_iterations):
+        fork = f"--fork {args.name}-warmup-s{seed}"
         command("mine.py", run, fork, flags, f"--mine_iterations {args.mine_iterations}")
     evaluated(run, "mine", "mine")
+
+
+def distill(args, variant, seed):
+    """Phase 2 of one variant and seed, with its evaluations."""
+    run = f"{args.name}-{variant}-s{seed}"
+    fork = f"--fork {mined_by(args, variant, seed)}"
+    flags = " ".join(VARIANTS[variant])
     for iterations in stages(args):
         if not finished(run, "distill", iterations):
-            command("distill.py", run, flags, f"--distill_iterations {iterations}")
+            command("distill.py", run, fork, flags, f"--distill_iterations {iterations}")
         if iterations == last_iteration(run):  # else that save is gone, and was evaluated before
             evaluated(run, "distill", f"distill-{iterations}")
 
@@ -149,14 +161,17 @@ def stages(args) -> list:
 
 
 def run_all(args):
-    jobs = [(warm_up, (args, seed)) for seed in args.seeds]
-    later = [
-        (run_variant, (args, variant, seed)) for seed in args.seeds for variant in args.variants
-    ]
-    for wave in (jobs, later):  # all warm-ups first: every fork needs one
+    pairs = [(variant, seed) for seed in args.seeds for variant in args.variants]
+    mines = {mined_by(args, *pair): (pair[1], VARIANTS[pair[0]][0]) for pair in pairs}
+    waves = {
+        "warm-ups": [(warm_up, args, seed) for seed in args.seeds],
+        "mining": [(mine, args, run, *rest) for run, rest in mines.items()],
+        "phase 2": [(distill, args, *pair) for pair in pairs],
+    }
+    for name, wave in waves.items():  # one after the other: a fork needs what it goes on from
         with ThreadPoolExecutor(args.jobs) as pool:
-            futures = [pool.submit(function, *arguments) for function, arguments in wave]
-            for future in tqdm(futures, desc="study", unit="run"):
+            futures = [pool.submit(*job) for job in wave]
+            for future in tqdm(futures, desc=name, unit="run"):
                 future.result()
 
 
@@ -175,11 +190,12 @@ def collect(args) -> dict:
             warmup = Path("runs") / f"{args.name}-warmup-s{seed}" / "study-warmup.json"
             metrics = read_jsonl(run / "metrics.jsonl")
             curve = [(episodes_until(metrics, "warmup", 10**9), read_json(warmup)["items"])]
-            points = [("mine", args.mine_iterations, "mine")]
-            points += [("distill", n, f"distill-{n}") for n in stages(args)]
-            for phase, iterations, label in points:
-                items = read_json(run / f"study-{label}.json")["items"]
-                curve.append((episodes_until(metrics, phase, iterations), items))
+            mined = Path("runs") / mined_by(args, variant, seed) / "study-mine.json"
+            at = episodes_until(metrics, "mine", args.mine_iterations)
+            curve.append((at, read_json(mined)["items"]))
+            for iterations in stages(args):
+                items = read_json(run / f"study-distill-{iterations}.json")["items"]
+                curve.append((episodes_until(metrics, "distill", iterations), items))
             results[variant][seed] = curve
     return results
 
@@ -253,7 +269,8 @@ def table(args, results) -> str:
     start = matrix(next(iter(results.values())), 0)
     low, high = interval(start)
     at = next(iter(next(iter(results.values())).values()))[0][0]
-    lines.append(f"| after warm-up | {at} | {start.mean():.3f} | {low:.3f} to {high:.3f} | | | | | |")
+    first = f"{start.mean():.3f} | {low:.3f} to {high:.3f}"
+    lines.append(f"| after warm-up | {at} | {first} | | | | | |")
     for variant, curves in results.items():
         end = matrix(curves, -1)
         whole = curve_means(curves)
