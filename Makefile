@@ -6,7 +6,7 @@ RUN ?= tiny
 FLAGS ?=
 PY = $(VENV)/bin/python
 
-.PHONY: demo demo-webshop test clean
+.PHONY: demo demo-webshop control test clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,12 @@ demo: $(VENV)/installed
 	for checkpoint in init warmup mine distill; do $(PY) evaluate.py --run $(RUN) $(FLAGS) --checkpoint $$checkpoint || exit; done
 	$(PY) evaluate.py --run $(RUN) $(FLAGS) --checkpoint mine --skills
 	$(PY) -m tools.plot --run $(RUN)
+
+# GiGPO from the warm-up of the demo, for as many episodes: what SIRI has to be compared with
+control: $(VENV)/installed
+	$(PY) mine.py --run $(RUN)-control --fork $(RUN) --skill_share 0 $(FLAGS)
+	$(PY) distill.py --run $(RUN)-control $(FLAGS)
+	$(PY) evaluate.py --run $(RUN)-control $(FLAGS)
 
 demo-webshop:
 	$(MAKE) demo RUN=tiny-webshop FLAGS="--env webshop"

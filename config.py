@@ -143,7 +143,7 @@ TINY = {  # the embedded default: 0.7M parameters, an iteration of 128 episodes 
     "mine_every": 2,
     "mine_episodes": 6,  # one of each task type
     "mine_obs_chars": 60,  # what its lessons in summarizing showed
-    "distill_iterations": 26,
+    "distill_iterations": 12,  # the skills have done what they can, most are retired by then
     "lambda_iterations": 4,
 }
 PRESETS = {
@@ -168,6 +168,7 @@ PRESETS = {
         "lr": 1e-4,  # shopping is learned so fast that warm-up alone would leave nothing to do
         "n_req": 80,
         "mine_iterations": 3,
+        "distill_iterations": 8,
     },
 }
 SAME = (  # must be alike in all phases of a run

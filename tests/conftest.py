@@ -1,10 +1,14 @@
 """Fixtures: the shipped tiny policy, generated games, played episodes, optional real data."""
 
 import copy
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# the models are so small that two threads mostly wait for each other, and for other processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

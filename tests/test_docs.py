@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
@@ -68,10 +69,9 @@ def sections():
     return {part.split("\n")[0]: part for part in parts}
 
 
-@pytest.mark.parametrize("title", sections())
-def test_a_fork_applies_and_runs(title, games, tmp_path):
+def run_fork(title, games, project) -> str:
+    """Apply a section to a copy of the project and run its commands -> the metrics it logged."""
     text = sections()[title]
-    project = tmp_path / "project"
     skip = shutil.ignore_patterns(".git", ".venv", "runs", "tests", "results", "__pycache__")
     shutil.copytree(ROOT, project, ignore=skip)
     block = r"```python\n(.*?)```"
@@ -90,10 +90,25 @@ def test_a_fork_applies_and_runs(title, games, tmp_path):
             words += ["--data", str(games)]  # twelve games instead of the demo's 1,380
         done = subprocess.run(words, cwd=project, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-    metrics = next((project / "runs").glob("*/metrics.jsonl")).read_text()
+    return next((project / "runs").glob("*/metrics.jsonl")).read_text()
+
+
+@pytest.fixture(scope="module")
+def forks(games, tmp_path_factory):
+    """Title -> the future metrics of its fork; all are begun at once."""
+    root = tmp_path_factory.mktemp("forks")
+    with ThreadPoolExecutor() as pool:
+        yield {
+            title: pool.submit(run_fork, title, games, root / str(n))
+            for n, title in enumerate(sections())
+        }
+
+
+@pytest.mark.parametrize("title", sections())
+def test_a_fork_applies_and_runs(title, forks):
     expected = {
         "Another loss term": '"imitation": ',
         "Another world": '"lock"',
         "Another writer of skills": '"mined_added"',
     }
-    assert expected[title] in metrics
+    assert expected[title] in forks[title].result()

@@ -131,18 +131,19 @@ def test_all_phases_end_to_end_in_the_embedded_shop_with_internalization(
 ):
     """`--env webshop` alone selects the catalogue, the policy and the run's name."""
     flags = SMALL.replace("--max_steps 8", "--max_steps 5").replace("--tasks 2", "--tasks 4")
-    run_phases(tmp_path, f"--env webshop {flags} --warmup_iterations 1")
+    once = "--warmup_iterations 1 --distill_iterations 1 --kl_coef 0"
+    run_phases(tmp_path, f"--env webshop {flags} {once}")
     run = tmp_path / "runs" / "tiny-webshop"
     records = logged(run)
-    assert len(records) == 4 and all(r["logprob_gap"] < 1e-3 for r in records if r["rows"])
+    assert len(records) == 3 and all(r["logprob_gap"] < 1e-3 for r in records if r["rows"])
     skills = read_jsonl(run / "mine" / "skills.jsonl")
     assert skills and {s["bucket"] for s in skills} <= set(shop.CATEGORIES)
     # what phase 2 is for did happen: some skill helped, and its actions went into the loss
-    distilled = records[-2:]
-    assert any(r["internalization_rows"] and r["gated_tokens"] for r in distilled)
-    assert any(r["internalization"] > 0 for r in distilled)
-    assert all(r["gated_share"] < 0.7 for r in distilled)  # thoughts are not internalized
-    assert not any(r["internalization_rows"] for r in records[:-2])
+    *earlier, last = records
+    assert last["internalization_rows"] > 0 and last["gated_tokens"] > 0
+    assert last["internalization"] > 0
+    assert last["gated_share"] < 0.7  # thoughts are not internalized
+    assert not any(r["internalization_rows"] for r in earlier)
     monkeypatch.chdir(tmp_path)
     call(evaluate, "--run tiny-webshop --eval_items 8")
     (path,) = run.glob("eval-test-distill*.json")
