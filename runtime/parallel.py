@@ -40,7 +40,8 @@ def start(device: str) -> torch.device:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
         if rank():
             sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     return torch.device(device)

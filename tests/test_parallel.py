@@ -20,7 +20,9 @@ TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-
 
 def start(command, folder):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_two_ranks_make_the_steps_of_one_process(paired_episodes, policy, tmp_path):
@@ -55,11 +57,13 @@ def test_two_ranks_make_the_steps_of_one_process(paired_episodes, policy, tmp_pa
 
 
 def test_all_phases_run_on_two_ranks_and_write_one_run(games, tmp_path):
-    flags = f"""--data {games} --run t --tasks 2 --group_size 4 --max_steps 8 --n_req 9999
+    flags = f"""--data {games} --run t --tasks 2 --group_size 4 --max_steps 6 --n_req 9999
     --warmup_iterations 1 --mine_iterations 2 --mine_every 1 --n_eval 1 --active_above -1
     --distill_iterations 1 --minibatch_rows 64 --device cpu""".split()
-    done = start([*TORCHRUN, str(ROOT / "tests" / "two_ranks_phases.py"), *flags], tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for script in ("warmup", "mine", "distill", "evaluate"):
+        more = ["--eval_items", "6"] if script == "evaluate" else []
+        done = start([*TORCHRUN, str(ROOT / f"{script}.py"), *flags, *more], tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "runs" / "t"
     records = read_jsonl(run / "metrics.jsonl")
     assert [r["phase"] for r in records] == ["warmup", "mine", "mine", "distill"]
