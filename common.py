@@ -11,7 +11,6 @@ padded on the right and passed without an attention mask: causal attention never
 padding, so the logits of the real tokens are exact and the fast attention path is kept.
 """
 
-import random
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -428,6 +427,7 @@ def score_rows(model, rows, name, config, pad_id):
         )
         for row, values in zip(batch, logprobs.cpu()):
             setattr(row, name, values[len(row.prompt_ids) : len(row)].clone())
+    parallel.split(model)  # no backward pass does it here
 
 
 def objective(t, logprobs, entropies, rl_tokens, gated_tokens, config, lambda_) -> dict:
@@ -541,8 +541,8 @@ def update(policy, rows, config, seed, *, lambda_=0.0) -> dict:
     Old log-probs are recomputed with the training forward, so ratios start at 1, or taken from the
     sampler (--recompute_old false); how far the two are apart is logged as `logprob_gap`.
     """
-    if not rows:
-        return {"rows": 0, "internalization_rows": 0, "optimizer_steps": 0}
+    if not any(not row.internalize or lambda_ * row.advantage > 0 for row in rows):
+        return {"rows": 0, "internalization_rows": len(rows), "optimizer_steps": 0}
     model = policy.model
     pad_id = policy.tokenizer.pad_token_id or 0
     start = time.time()

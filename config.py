@@ -100,7 +100,7 @@ class Config:
     advantage_clip: float = flag(1.0, "c: internalization weights are clipped to [0, c]")
     # ablations of phases 1 and 2
     arm_baselines: bool = flag(False, "each arm of a group is a GiGPO group of its own")
-    validate: bool = flag(True, "false: every skill is active as soon as it is written, for good")
+    validate: bool = flag(True, "false: every skill is active as soon as it is written")
     given_skills: str = flag("", "skills.jsonl with skills to begin with, all active (mine.py)")
     internalize_tokens: str = flag("action", "tokens of L_int: action, or response (thoughts too)")
     internalize_gate: str = flag("delta", "delta: where Delta_g > 0; none: every skilled episode")
@@ -179,10 +179,12 @@ SAME = (  # must be alike in all phases of a run
     "human_goals",
     "split_rule",
     "model",
+    "dtype",
     "seed",
     "history",
 )
-FREE = (  # may change when a phase is resumed: they change no result, or only extend it
+FREE = (  # may change when a phase is resumed: they change no result, extend it, or, like
+    # max_prompt_tokens, leave what fitted as it was
     "run",
     "device",
     "micro_tokens",
@@ -242,6 +244,8 @@ def parse_config(phase: str, doc: str, extra=None):
     shop = (first.preset, first.env) == ("tiny", "webshop")
     parser.set_defaults(**PRESETS["tiny-webshop" if shop else first.preset])
     first, _ = parser.parse_known_args()
+    if first.fork and (phase == "warmup" or first.run == first.fork):
+        raise UserError(f"--fork {first.fork}: for mine.py and distill.py, with another --run")
     folder = Path("runs") / first.run
     if first.fork and not (folder / "config.json").exists():
         folder = Path("runs") / first.fork
@@ -250,8 +254,8 @@ def parse_config(phase: str, doc: str, extra=None):
         saved = read_json(folder / "config.json")
         parser.set_defaults(**saved | {"run": first.run})
     config, *rest = parser.parse_args_into_dataclasses()
-    for name in SAME if saved else ():
-        if saved[name] != getattr(config, name):
+    for name in SAME:
+        if name in saved and saved[name] != getattr(config, name):
             raise other_config(folder, name, saved[name], getattr(config, name))
     check(config)
     return (config, *rest) if extra else config

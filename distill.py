@@ -37,9 +37,9 @@ def internalization_rows(episodes, advantages, deltas, tokenizer, config) -> lis
         if not episode.skills or delta <= 0:  # gate (a): a skill was used, (b): Delta_g > 0
             continue
         for step, advantage in zip(episode.steps, step_advantages):
-            mask = common.find_action_tokens(tokenizer, step.response_ids)  # gate (c)
-            if config.internalize_tokens == "response":
-                mask = [True] * len(step.response_ids)
+            mask = [True] * len(step.response_ids)
+            if config.internalize_tokens == "action":  # gate (c)
+                mask = common.find_action_tokens(tokenizer, step.response_ids)
             weight = advantage / sigma_A if config.internalize_weight == "advantage" else 1.0
             row = Row(
                 prompt_ids=step.plain_ids,  # x_t, the plain prompt of the step

@@ -123,8 +123,8 @@ def choose_items(config, choice, split) -> list:
     if shared:
         raise UserError(f"{len(shared)} items are in {config.split} and {split} both")
     if choice.eval_items:
-        stride = max(1, len(items) // choice.eval_items)
-        items = items[::stride][: choice.eval_items]
+        count = min(choice.eval_items, len(items))
+        items = [items[i * len(items) // count] for i in range(count)]
     return items
 
 
@@ -155,8 +155,9 @@ def main():
         interval = f"[{r['low']:.3f}, {r['high']:.3f}]"
         line = f"{task_type:<10}{counts:>10}{r['success']:>10.3f}{interval:>18}"
         print(f"{line}{r['score']:>8.3f}{r['steps']:>7.1f}")
-    label = (Path(name).name if "/" in name else name) + ("-skills" if bank else "")
+    label = name.strip("/").replace("/", "-") + ("-skills" if bank else "")
     suffix = f"T{choice.eval_temperature:g}-s{choice.eval_seed}"
+    suffix += f"-n{len(items)}" if choice.eval_items else ""
     default = Path("runs") / config.run / f"eval-{split}-{label}-{suffix}.json"
     out = Path(choice.out) if choice.out else default
     record = {

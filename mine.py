@@ -26,6 +26,9 @@ import envs
 from common import Run, SkillBank, episode_advantages, rl_rows, rollout, rollout_metrics
 
 
+MEMORY = 2048  # the newest plain successes that are kept for mining
+
+
 def mine(policy, config, bank, successes, k, seed) -> Counter:
     """A round of mining -> what became of each summary: "added", "unparsable", "duplicate", ..."""
     chosen = choose(successes, config.mine_episodes, seed)
@@ -85,7 +88,7 @@ def main():
             run.draw_tasks(k), config, skilled=skilled, bank=bank, statuses=("candidate", "active")
         )
         episodes = rollout(policy, config, groups, run.seed(k))
-        successes = (successes + common.plain_successes(episodes, k))[-4 * config.n_req :]
+        successes = (successes + common.plain_successes(episodes, k))[-MEMORY:]
 
         # 3. Delta_g = R_g^skill - R_g^base, and the life of the skills
         deltas = common.group_deltas(episodes)

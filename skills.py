@@ -160,6 +160,8 @@ class SkillBank:
         """A new bank: empty, or with the skills of the file --given_skills, all active."""
         bank = cls(config)
         if config.given_skills:
+            if not Path(config.given_skills).exists():
+                raise UserError(f"--given_skills {config.given_skills}: no such file")
             for line in read_jsonl(config.given_skills):
                 skill = Skill(line["condition"], line["strategy"], line["bucket"], status="active")
                 bank.skills.append(skill)
@@ -180,7 +182,7 @@ def parse_skill(text: str):
     try:
         data = json.loads(re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip()))
         condition, strategy = (data[key].strip().rstrip(".") for key in ("condition", "strategy"))
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     condition = re.sub(r"^when ", "", condition, flags=re.I)
     return (condition, strategy) if condition and strategy else None

@@ -36,6 +36,8 @@ together: the root's (embedding and head) and two layers'.
 import itertools
 import math
 import os
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
@@ -69,8 +71,10 @@ def model_config(path: str):
         raise UserError(f"--model {path}: no config.json ({reason}); {remedy}") from None
 
 
-def count_parameters(shape) -> tuple:
-    """(all parameters, those of one layer, those of the largest single one)."""
+@lru_cache
+def count_parameters(path) -> tuple:
+    """(all parameters, those of one layer, those of the largest single one) of a model's shape."""
+    shape = model_config(path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
@@ -87,7 +91,7 @@ def parts(config) -> dict:
     """Part -> bytes, on the card unless its name says otherwise."""
     shape = model_config(config.model)
     size = dtype_of(config).itemsize
-    parameters, per_layer, largest = count_parameters(shape)
+    parameters, per_layer, largest = count_parameters(config.model)
     weights = size * parameters
     vocabulary = shape.vocab_size
     width = shape.hidden_size
@@ -138,7 +142,7 @@ def situations(p: dict) -> dict:
     """Situation -> bytes on the card."""
     optimizer = p["one parameter"] if p["optimizer_offload"] else p["optimizer"]
     reference = 0 if p["ref_offload"] else p["reference"]
-    weights = p["weights"] + (0 if p["optimizer_offload"] else optimizer)
+    weights = p["weights"] + (0 if p["optimizer_offload"] else p["optimizer"])
     rollout = weights + reference + p["whole weights"] + p["KV cache"]
     scoring = weights + p["reference"] + 2 * p["unsharded"]
     update = weights + reference + p["gradients"] + p["unsharded"]
@@ -176,27 +180,25 @@ def table(config) -> str:
         lines.append(f"  {'offload':<16}{seconds:>9.2f} s an optimizer step at 20 GB/s")
     for name, mib in CARDS.items():
         room = (mib - 1024) * 2**20
-        lines.append(f"  {name:>6} card: {'fits' if need < room else advice(p, room)}")
+        lines.append(f"  {name:>6} card: {'fits' if need < room else advice(config, room)}")
     return "\n".join(lines)
 
 
-def advice(p: dict, room: float) -> str:
+def advice(config, room: float) -> str:
     """What makes it fit: the cheapest changes that are enough together."""
     changes = {
-        "--micro_tokens a quarter": {
-            name: p[name] / 4 for name in ("checkpoints", "saved", "layer", "layer, forward")
-        },
-        "--generation_rows a quarter": {name: p[name] / 4 for name in ("KV cache", "decode")},
+        "--micro_tokens a quarter": {"micro_tokens": config.micro_tokens // 4},
+        "--generation_rows a quarter": {"generation_rows": max(1, config.generation_rows // 4)},
         "--ref_offload": {"ref_offload": True},
         "--optimizer_offload": {"optimizer_offload": True},
     }
-    if p["unsharded"]:  # several GPUs split what the last two would offload
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # they split what the last two would offload
         del changes["--ref_offload"], changes["--optimizer_offload"]
     for count in range(1, len(changes) + 1):
         for chosen in itertools.combinations(changes, count):
-            changed = dict(p)
+            flags = {}
             for name in chosen:
-                changed |= changes[name]
-            if peak(changed) * FRAGMENTS < room:
+                flags |= changes[name]
+            if peak(parts(replace(config, **flags))) * FRAGMENTS < room:
                 return "with " + ", ".join(chosen)
     return "too small: more GPUs (torchrun), or a smaller --model"

@@ -107,6 +107,13 @@ def shard(model):
         fully_shard(model, mp_policy=policy)
 
 
+def split(model):
+    """Give back every piece of the weights that is together on this rank."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextmanager
 def whole(model):
     """The whole weights on this rank, for a rollout, which each rank does at its own pace.
@@ -114,14 +121,13 @@ def whole(model):
     They must be split again before an optimizer step: it moves the shards, and whole weights that
     stayed would silently be the old ones.
     """
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.unshard()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
     try:
         yield
     finally:
-        for part in parts:
-            part.reshard()
+        split(model)
 
 
 def join(state):

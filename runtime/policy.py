@@ -115,24 +115,28 @@ class OffloadedAdamW(optimi.AdamW):
 
     def step(self):
         groups = self.param_groups
-        for group in groups:
-            (parameter,) = group["params"]
-            state = self.state[parameter]
-            host = {name: value for name, value in state.items() if torch.is_tensor(value)}
-            for name, value in host.items():
-                state[name] = value.to(parameter.device, non_blocking=True, copy=True)
-            self.param_groups = [group]
-            super().step()
-            for name, value in state.items():
-                if torch.is_tensor(value):
-                    state[name] = to_host(value, host.get(name))
-        self.param_groups = groups
+        try:
+            for group in groups:
+                self.param_groups = [group]
+                self.step_one(*group["params"])
+        finally:
+            self.param_groups = groups
+
+    def step_one(self, parameter):
+        state = self.state[parameter]
+        host = {name: value for name, value in state.items() if torch.is_tensor(value)}
+        for name, value in host.items():
+            state[name] = value.to(parameter.device, non_blocking=True, copy=True)
+        super().step()
+        for name, value in state.items():
+            if torch.is_tensor(value):
+                state[name] = to_host(value, host.get(name))
 
 
 def to_host(value, place=None):
     """A copy in host memory, pinned where there is a card: `place`, or new memory."""
     if place is None:
-        place = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        place = torch.empty_like(value, device="cpu", pin_memory=torch.cuda.is_available())
     return place.copy_(value, non_blocking=False)
 
 

@@ -166,7 +166,8 @@ class Run:
         phases before have logged.
         """
         path = self.root / "config.json"
-        if self.phase == "warmup" and not self.folder.exists() or not path.exists():
+        begun = [phase for phase in PHASES if list(self.root.glob(f"{phase}*"))]
+        if not path.exists() or self.phase == "warmup" and not begun:
             write_atomically(path, json.dumps(asdict(self.config), indent=2))
         theirs = Path("runs") / self.config.fork / "metrics.jsonl"
         ours = self.root / "metrics.jsonl"
@@ -177,7 +178,13 @@ class Run:
 
     def iterations(self, last) -> range:
         """The iterations that are left to do, up to `last`."""
-        return range(0) if self.state["finished"] else range(self.state["iteration"] + 1, last + 1)
+        done = self.state["iteration"]
+        if self.state["finished"]:
+            return range(0)
+        if done >= last:
+            flag = f"--{self.phase}_iterations"
+            raise UserError(f"{self.folder} is at iteration {done}, unfinished: raise {flag}")
+        return range(done + 1, last + 1)
 
     def draw_tasks(self, k) -> list:
         """The items of iteration k, without repetition; a function of seed, phase and k."""
@@ -228,8 +235,8 @@ class Run:
         if self.folder.exists():
             saved = json.loads((self.folder / "config.json").read_text())
             for name, value in asdict(self.config).items():
-                if name not in FREE and saved.get(name) != value:
-                    raise other_config(self.folder, name, saved.get(name), value)
+                if name not in FREE and name in saved and saved[name] != value:
+                    raise other_config(self.folder, name, saved[name], value)
             state = load_state(self.folder)
             state["finished"] &= not self.is_extended(state)
         if parallel.rank() > 0:
@@ -247,7 +254,9 @@ class Run:
     def drop_lines_after(self, kept):
         """Take out of the logs what this phase did after iteration `kept`, and count the rest."""
         for path in (self.root / "metrics.jsonl", self.root / "episodes.jsonl"):
-            lines = read_jsonl(path) if path.exists() else []
+            text = path.read_text() if path.exists() else ""
+            whole = text[: text.rfind("\n") + 1]  # a kill may have left half of the last line
+            lines = [json.loads(x) for x in whole.splitlines()]
             lines = [x for x in lines if x["phase"] != self.phase or x["iteration"] <= kept]
             write_atomically(path, "".join(json.dumps(x) + "\n" for x in lines))
             if path.name == "metrics.jsonl":

@@ -124,7 +124,10 @@ def test_a_failed_capture_of_the_decode_step_falls_back_to_eager(policy, monkeyp
     monkeypatch.setattr(generation, "capture", fail)
     cache = Cache(policy.model, len(PROMPTS), 200)
     cache.pool = "a pool, as on a GPU"
-    assert generate(policy.model, policy.tokenizer, PROMPTS, cache=cache, **options) == expected
+    answers = generate(policy.model, policy.tokenizer, PROMPTS, cache=cache, **options)
+    for (ids, logprobs, text), ours in zip(answers, expected, strict=True):
+        assert (ids, text) == (ours[0], ours[2])
+        assert logprobs == pytest.approx(ours[1], abs=1e-5)  # the caches differ in length
     said = capsys.readouterr().out
     assert said.count("the capture failed (operation not permitted") == 1
 

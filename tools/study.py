@@ -37,7 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError, read_json, read_jsonl, write_atomically
-from runtime.run import run_script
+from runtime.run import load_state, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTROL = "gigpo"
@@ -99,17 +99,14 @@ def command(script, run, *flags):
 
 
 def finished(run, phase, iterations) -> bool:
-    """Whether a run has logged so many iterations of a phase and saved them."""
-    metrics = Path("runs") / run / "metrics.jsonl"
-    if not metrics.exists() or not (Path("runs") / run / phase / "state.pt").exists():
-        return False
-    return any(x["phase"] == phase and x["iteration"] >= iterations for x in read_jsonl(metrics))
+    """Whether a run has saved so many iterations of a phase."""
+    return saved_iteration(run, phase) >= iterations
 
 
-def last_iteration(run) -> int:
-    """The last iteration of phase 2 that a run has logged."""
-    metrics = read_jsonl(Path("runs") / run / "metrics.jsonl")
-    return max(x["iteration"] for x in metrics if x["phase"] == "distill")
+def saved_iteration(run, phase) -> int:
+    """The iteration of a phase's last save; -1 where there is none."""
+    folder = Path("runs") / run / phase
+    return load_state(folder)["iteration"] if (folder / "state.pt").exists() else -1
 
 
 def evaluated(run, checkpoint, label) -> dict:
@@ -150,7 +147,7 @@ def distill(args, variant, seed):
     for iterations in stages(args):
         if not finished(run, "distill", iterations):
             command("distill.py", run, fork, flags, f"--distill_iterations {iterations}")
-        if iterations == last_iteration(run):  # else that save is gone, and was evaluated before
+        if iterations == saved_iteration(run, "distill"):  # a later one was evaluated before
             evaluated(run, "distill", f"distill-{iterations}")
 
 
