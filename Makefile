@@ -31,7 +31,7 @@ demo-webshop:
 	$(MAKE) demo RUN=tiny-webshop FLAGS="--env webshop"
 
 test: $(VENV)/installed
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n 2 tests
 
 clean:
 	rm -rf runs $(VENV)
