@@ -407,7 +407,7 @@ def find_action_tokens(tokenizer, response_ids) -> list:
     stop = span[1] + len("</action>")
     ends = [len(text) for text in texts]
     begins = [0, *ends[:-1]]
-    return [begin < stop and end > max(start, begin) for begin, end in zip(begins, ends)]
+    return [begin < stop and end > start for begin, end in zip(begins, ends)]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -162,6 +162,15 @@ def test_action_tokens_are_the_action_and_its_closing_tag_only(policy):
     assert masked_text(policy.tokenizer, "") == ""
 
 
+def test_every_byte_of_a_character_inside_the_action_is_an_action_token(policy):
+    """A character of several tokens shows up with its first; the others add no text."""
+    ids = policy.tokenizer("<think>a</think><action>buy café 😀 now</action>")["input_ids"]
+    ids.append(policy.tokenizer.eos_token_id)
+    mask = common.find_action_tokens(policy.tokenizer, ids)
+    covered = policy.tokenizer.decode([i for i, on in zip(ids, mask) if on])
+    assert covered == "buy café 😀 now</action>"
+
+
 def test_action_tokens_with_a_tokenizer_that_splits_the_tags():
     """A BPE without tag tokens, as Qwen's: a bracket may merge with the letter beside it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

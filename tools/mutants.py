@@ -217,11 +217,11 @@ closing-tag-left-out
 - span[1] + len("</action>")
 + span[1]
 thoughts-in-the-gate
-- end > max(start, begin)
-+ end > begin
+- begin < stop and end > start
++ begin < stop and end > begin
 half-a-tag-left-out
-- begin < stop and end > max(start, begin)
-+ start <= begin < stop and end > begin
+- begin < stop and end > start
++ start <= begin < stop
 no-zero-grad
 - policy.optimizer.zero_grad(set_to_none=True)
 + pass
@@ -481,8 +481,8 @@ moments-lost-on-resuming
 - state.pop("optimizer", None)
 + state.pop("optimizer", None) and None
 iterations-repeated
-- range(self.state["iteration"] + 1, last + 1)
-+ range(self.state["iteration"], last + 1)
+- return range(done + 1, last + 1)
++ return range(done, last + 1)
 """
 
 
