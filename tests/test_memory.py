@@ -44,7 +44,9 @@ def peak_bytes(run) -> int:
     return peak
 
 
-@pytest.mark.parametrize("name, checkpointing", [("narrow", True), ("narrow", False), ("wide", True)])
+@pytest.mark.parametrize(
+    "name, checkpointing", [("narrow", True), ("narrow", False), ("wide", True)]
+)
 def test_table_is_within_15_percent_of_what_update_scoring_and_rollout_allocate(
     name, checkpointing, monkeypatch
 ):
