@@ -147,7 +147,8 @@ def main():
     results = table(episodes)
     name = choice.checkpoint
     arm = "with skills" if bank else "plain prompt"
-    panel = f"{len(items)} items of {split} ({digest(items, config)})"
+    items_digest = digest(items, config)
+    panel = f"{len(items)} items of {split} ({items_digest})"
     print(f"{name}, {arm}: {panel}, T={choice.eval_temperature}, seed {choice.eval_seed}")
     print(f"{'task type':<10}{'solved':>10}{'success':>10}{'95% interval':>18}{'score':>8}  steps")
     for task_type, r in results.items():
@@ -165,7 +166,7 @@ def main():
         "skills": bool(bank),
         "seed": choice.eval_seed,
         "split": split,
-        "digest": digest(items, config),
+        "digest": items_digest,
         "temperature": choice.eval_temperature,
         "results": results,
         "items": {e.item: e.success for e in episodes},

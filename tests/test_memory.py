@@ -137,6 +137,8 @@ def test_table_of_the_7b_counts_what_exists(monkeypatch):
     assert "45.69 GB" in memory.table(offloaded).split("host memory")[1]
     small = Config(model="qwen2.5-1.5b-shape", optimizer_offload=True)
     assert "24 GB card: fits" in memory.table(small)
+    many = Config(model="qwen2.5-7b-shape", generation_rows=512, tasks=64)
+    assert "141 GB card: with --generation_rows a quarter" in memory.table(many)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "80 GB card: fits" in memory.table(config)
     assert memory.parts(config)["weights"] == parts["weights"] / 2

@@ -1,4 +1,4 @@
-"""Loading, the optimizer and its memory. Each test names the bug it guards against."""
+"""Loading and the optimizer. Each test names the bug it guards against."""
 
 import dataclasses
 
@@ -9,7 +9,6 @@ from conftest import as_rows
 
 import common
 from config import PRESETS, Config, UserError
-from runtime import memory
 from runtime.policy import Policy, load_policy, load_reference, make_optimizer
 
 
@@ -73,22 +72,6 @@ def test_an_optimizer_made_from_its_saved_state_goes_on_as_the_old_one(
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     torch.testing.assert_close(two_steps(True), two_steps(False), atol=1e-7, rtol=0)
-
-
-def test_memory_table_of_the_7b_says_what_fits_and_what_to_change(monkeypatch):
-    config = Config(model="qwen2.5-7b-shape")
-    parts = memory.parts(config)
-    assert parts["parameters"] == 7_615_616_512
-    assert parts["weights"] == 2 * parts["parameters"]
-    assert parts["optimizer"] == 3 * parts["weights"]  # two moments and the Kahan buffer
-    assert parts["KV cache"] == 128 * (3072 + 512) * 56 * 1024
-    assert "141 GB card: fits" in memory.table(config)
-    assert memory.parts(Config(model="qwen2.5-7b-shape", kl_coef=0))["reference"] == 0
-    many = Config(model="qwen2.5-7b-shape", generation_rows=512, tasks=64)
-    assert "141 GB card: with --generation_rows a quarter" in memory.table(many)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "80 GB card: fits" in memory.table(config)
-    assert memory.parts(config)["weights"] == parts["weights"] / 2
 
 
 def test_a_model_of_another_family_is_a_clear_error(policy, config, tmp_path):

@@ -281,11 +281,11 @@ def table(args, results) -> str:
         else:
             row += ["", "", f"{whole.mean():.3f}", "", ""]
         lines.append(f"| {' | '.join(row)} |")
-    lines += ["", "| variant | " + " | ".join(diagnostics(args, args.variants[0])) + " |"]
-    lines.append("|---" * (1 + len(diagnostics(args, args.variants[0]))) + "|")
-    for variant in results:
-        values = diagnostics(args, variant).values()
-        cells = ["-" if value is None else f"{value:.3g}" for value in values]
+    explained = {variant: diagnostics(args, variant) for variant in results}
+    names = list(explained[args.variants[0]])
+    lines += ["", f"| variant | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for variant, values in explained.items():
+        cells = ["-" if value is None else f"{value:.3g}" for value in values.values()]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
