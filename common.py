@@ -11,6 +11,7 @@ padded on the right and passed without an attention mask: causal attention never
 padding, so the logits of the real tokens are exact and the fast attention path is kept.
 """
 
+import math
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -24,11 +25,13 @@ from config import Config, UserError, parse_config  # noqa: F401
 from runtime import parallel
 from runtime.batches import Row, collate, make_batches, micro_batches
 from runtime.generation import Cache, encode_prompts, generate
-from runtime.logprobs import token_logprobs
+from runtime.logprobs import expected_logprobs, token_logprobs
 from runtime.metrics import arms, rollout_metrics  # noqa: F401
 from runtime.policy import Policy  # noqa: F401
 from runtime.run import Run, run_script  # noqa: F401
-from skills import Skill, SkillBank, group_deltas, parse_skill, plain_successes  # noqa: F401
+from skills import (  # noqa: F401
+    Skill, SkillBank, group_deltas, parse_skill, plain_successes, shown_in_prompt,
+)  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
 # Credit: which step of which episode was better than its peers
@@ -202,10 +205,11 @@ class Episode:
 
 
 def plan_groups(
-    items, config, *, members=None, skilled=0, bank=None, statuses=(), training=True
+    items, config, *, members=None, skilled=None, bank=None, statuses=(), training=True
 ) -> list:
     """Items -> groups of `members` (config.group_size) unplayed episodes; the first `skilled` of
-    each carry the skills that `bank` retrieves for it, if it has any of these statuses.
+    each (the share config.skill_share, one at least unless it is 0) carry the skills that `bank`
+    retrieves for it, if it has any of these statuses.
 
     An item is the same game in the same initial state for all, so that the two halves of a group
     differ in the skill block alone.
@@ -213,6 +217,9 @@ def plan_groups(
     members = config.group_size if members is None else members
     if members < 1 or not items:
         raise UserError("an empty group: --tasks and --group_size must be 1 at least")
+    if skilled is None:
+        skilled = math.floor(config.skill_share * members + 0.5)
+        skilled = max(skilled, 1 if config.skill_share else 0)
     groups = []
     for number, item in enumerate(items):
         skills = ()
@@ -322,6 +329,7 @@ def sample_texts(policy, config, prompts, seed) -> list:
             own,
             max_new_tokens=config.max_response_tokens,
             temperature=1.0,
+            rows=config.generation_rows,
             seed=parallel.own_seed(seed),
         )
 
@@ -339,7 +347,7 @@ def fit_prompts(tokenizer, config, waiting) -> list:
         texts = []
         for episode, obs in chosen:
             past = [(step.obs, step.action) for step in episode.steps]
-            skills = [(skill.condition, skill.strategy) for skill in episode.skills]
+            skills = [shown_in_prompt(skill, config) for skill in episode.skills]
             texts += envs.build_prompts(obs, past, skills, keep)
         ids = encode_prompts(tokenizer, texts)
         return list(zip(ids[::2], ids[1::2]))
@@ -434,7 +442,8 @@ def objective(t, logprobs, entropies, rl_tokens, gated_tokens, config, lambda_) 
     """The terms of L = L_GiGPO + beta L_KL - c_H H + lambda L_int (method Eq. 14) -> name:
     (weight, term). Another term is another line.
 
-    t             a micro-batch from `collate`; an RL row and an internalization row share no term
+    t             a micro-batch from `collate`; an RL row and an internalization row share no term;
+                  t["internalized"] are the log-probs that L_int raises
     rl_tokens     response tokens of the RL rows of the whole mini-batch
     gated_tokens  gated tokens of its internalization rows
     """
@@ -449,7 +458,7 @@ def objective(t, logprobs, entropies, rl_tokens, gated_tokens, config, lambda_) 
         tokens=rl_tokens,
     )
     internalization = internalization_loss(
-        logprobs,
+        t["internalized"],
         t["advantages"],
         t["delta"],
         t["internalize"],
@@ -459,7 +468,7 @@ def objective(t, logprobs, entropies, rl_tokens, gated_tokens, config, lambda_) 
     )
     entropy = token_mean(entropies, rl_mask, rl_tokens)
     terms = {
-        "policy": (1.0, policy),
+        "policy": (1 - lambda_ if config.hand_off else 1.0, policy),
         "entropy": (-config.entropy_coef, entropy),
         "internalization": (lambda_, internalization),
     }
@@ -482,6 +491,9 @@ def backward(model, rows, config, lambda_, pad_id) -> dict:
         t = collate(batch, pad_id, model.device)
         responses = t["response_mask"]
         logprobs, entropies = token_logprobs(model, t["ids"], responses, config.temperature)
+        t["internalized"] = logprobs  # [B, L]
+        if config.internalize_loss == "kl" and lambda_:
+            t["internalized"] = expected_logprobs(model, batch, t, config.temperature, pad_id)
         terms = objective(t, logprobs, entropies, rl_tokens, gated_tokens, config, lambda_)
         loss = sum(weight * term for weight, term in terms.values())
         parallel.backward(loss)

@@ -86,6 +86,13 @@ class Config:
     mine_every: int = flag(5, "I_mine: iterations between two rounds of mining")
     mine_episodes: int = flag(12, "successful episodes summarized in one round")
     mine_obs_chars: int = flag(200, "observations in the summary prompt are cut to this length")
+    miner: str = flag(
+        "",
+        "who writes the skills; empty: the policy; a model folder or hub name; or the URL of an "
+        "OpenAI-compatible endpoint, http://host:8000/v1",
+    )
+    miner_model: str = flag("", "name of the model that the endpoint is asked for")
+    miner_timeout: float = flag(60.0, "seconds to wait for an answer of the endpoint")
     top_k: int = flag(3, "skills in a prompt, at most; at most one of them a candidate")
     candidate_alone: bool = flag(
         True, "a candidate has the prompt to itself, so Delta_g is its own; false: beside others"
@@ -102,9 +109,17 @@ class Config:
     arm_baselines: bool = flag(False, "each arm of a group is a GiGPO group of its own")
     validate: bool = flag(True, "false: every skill is active as soon as it is written")
     given_skills: str = flag("", "skills.jsonl with skills to begin with, all active (mine.py)")
+    placebo: bool = flag(False, "prompts show neutral words, as many as the skill's strategy has")
+    internalize_loss: str = flag(
+        "nll",
+        "nll: of the response given under the skill; kl: from the policy's distribution under it",
+    )
     internalize_tokens: str = flag("action", "tokens of L_int: action, or response (thoughts too)")
     internalize_gate: str = flag("delta", "delta: where Delta_g > 0; none: every skilled episode")
     internalize_weight: str = flag("advantage", "advantage: w = clip(A, 0, c); one: w = 1")
+    hand_off: bool = flag(
+        False, "lambda falls from 1 to 0 over lambda_iterations, and L_GiGPO weighs 1 - lambda"
+    )
     # housekeeping
     save_every: int = flag(5, "iterations between saves; a stopped phase goes on from the last")
     dry_run: bool = flag(False, "print the memory that the run needs, part by part, and stop")
@@ -221,6 +236,15 @@ AT_LEAST_ONE = (
 )
 
 
+CHOICES = {
+    "baseline": ("steps", "episodes"),
+    "internalize_tokens": ("action", "response"),
+    "internalize_gate": ("delta", "none"),
+    "internalize_weight": ("advantage", "one"),
+    "internalize_loss": ("nll", "kl"),
+}
+
+
 class UserError(ValueError):
     """A mistake the user can mend: scripts print its one line, with the remedy, and exit with 2."""
 
@@ -289,19 +313,9 @@ def check(config):
         ("gamma", 0 <= config.gamma <= 1, "0 to 1"),
         ("ema", 0 <= config.ema <= 1, "0 to 1"),
         ("beta2", 0 <= config.beta2 < 1, "0 to below 1"),
-        ("baseline", config.baseline in ("steps", "episodes"), "steps or episodes"),
-        (
-            "internalize_tokens",
-            config.internalize_tokens in ("action", "response"),
-            "action or response",
-        ),
-        ("internalize_gate", config.internalize_gate in ("delta", "none"), "delta or none"),
-        (
-            "internalize_weight",
-            config.internalize_weight in ("advantage", "one"),
-            "advantage or one",
-        ),
     ]
+    for name, words in CHOICES.items():
+        limits.append((name, getattr(config, name) in words, " or ".join(words)))
     for name, is_right, limit in limits:
         if not is_right:
             raise UserError(f"--{name} {getattr(config, name)}: must be {limit}")

@@ -49,6 +49,7 @@ def internalization_rows(episodes, advantages, deltas, tokenizer, config) -> lis
                 internalize=True,
                 delta=delta,  # Delta_g
                 action_mask=mask,
+                skill_ids=step.prompt_ids,  # xs_t
             )
             rows.append(row)
     return rows
@@ -65,10 +66,7 @@ def main():
 
     for k in run.iterations(config.distill_iterations):
         # 1. paired rollouts: half of each group with the active skills, half plain; Delta_g
-        skilled = round(config.skill_share * config.group_size)
-        groups = common.plan_groups(
-            run.draw_tasks(k), config, skilled=skilled, bank=bank, statuses=("active",)
-        )
+        groups = common.plan_groups(run.draw_tasks(k), config, bank=bank, statuses=("active",))
         episodes = rollout(policy, config, groups, run.seed(k))
         deltas = common.group_deltas(episodes)
         bank.evaluate(episodes, deltas)
@@ -80,6 +78,8 @@ def main():
 
         # 3. loss and step: L_GiGPO + beta L_KL + lambda(k) L_int
         lambda_k = config.lambda_max * min(1.0, k / config.lambda_iterations)
+        if config.hand_off:
+            lambda_k = max(0.0, 1 - (k - 1) / config.lambda_iterations)
         losses = common.update(policy, rows + internal, config, run.seed(k), lambda_=lambda_k)
 
         # 4. log and save
@@ -89,7 +89,7 @@ def main():
         share = gated / max(1, skill_tokens)
         metrics |= {"lambda": lambda_k, "gated_tokens": gated, "gated_share": share}
         line = f"{common.arms(metrics)}  lambda {lambda_k:.3f}  gated {gated} tokens  "
-        run.log(k, metrics, episodes, line + f"skills {bank.summary()}")
+        run.log(k, metrics, episodes, advantages, line + f"skills {bank.summary()}")
         run.save_when_due(policy, k, k == config.distill_iterations, bank)
 
     print(f"distill done: {run.folder}/model needs no skill.")

@@ -24,6 +24,7 @@ from collections import Counter, defaultdict
 import common
 import envs
 from common import Run, SkillBank, episode_advantages, rl_rows, rollout, rollout_metrics
+from runtime.miner import ask_endpoint, is_endpoint, load_miner
 
 
 MEMORY = 2048  # the newest plain successes that are kept for mining
@@ -64,8 +65,11 @@ def summary_prompt(episode, bank, config) -> str:
 
 
 def write_summaries(prompts, policy, config, seed) -> list:
-    """Prompts -> texts, by the current policy; nothing trains while it writes: it is frozen."""
-    return common.sample_texts(policy, config, prompts, seed)
+    """Prompts -> texts, by the current policy (nothing trains while it writes) or by --miner."""
+    if is_endpoint(config.miner):
+        return ask_endpoint(prompts, config, seed)
+    writer = load_miner(config, policy.model.device) if config.miner else policy
+    return common.sample_texts(writer, config, prompts, seed)
 
 
 def main():
@@ -83,10 +87,8 @@ def main():
             mined = mine(policy, config, bank, successes, k, run.seed(k))
 
         # 2. paired rollouts: half of each group with skills, half plain, same game
-        skilled = round(config.skill_share * config.group_size)
-        groups = common.plan_groups(
-            run.draw_tasks(k), config, skilled=skilled, bank=bank, statuses=("candidate", "active")
-        )
+        tried = ("candidate", "active")
+        groups = common.plan_groups(run.draw_tasks(k), config, bank=bank, statuses=tried)
         episodes = rollout(policy, config, groups, run.seed(k))
         successes = (successes + common.plain_successes(episodes, k))[-MEMORY:]
 
@@ -103,7 +105,8 @@ def main():
         metrics = rollout_metrics(episodes, advantages, config, deltas) | losses | bank.count()
         metrics |= {f"mined_{name}": n for name, n in mined.items()}
         line = f"{common.arms(metrics)}  skills {bank.summary()}"
-        run.log(k, metrics, episodes, line + (f"  mined {dict(mined)}" if mined else ""))
+        line += f"  mined {dict(mined)}" if mined else ""
+        run.log(k, metrics, episodes, advantages, line)
         finished = k == config.mine_iterations
         run.save_when_due(policy, k, finished, bank, successes=successes)
 

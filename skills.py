@@ -53,6 +53,20 @@ class Skill:
     deltas: list = field(default_factory=list)  # every Delta_g: its life
 
 
+PLACEBO = "go on as you think best and take the time that you need for it".split()
+
+
+def shown_in_prompt(skill, config) -> tuple:
+    """(condition, strategy) as the prompt shows them: the skill, or with --placebo its condition
+    and as many neutral words as its strategy has, so that length and place alone are left.
+    """
+    if not config.placebo:
+        return skill.condition, skill.strategy
+    count = len(skill.strategy.split())
+    words = PLACEBO * (1 + count // len(PLACEBO))
+    return skill.condition, " ".join(words[:count])
+
+
 class SkillBank:
     """The skills of a run, for phases 1 and 2 only; inference needs none."""
 

@@ -46,7 +46,7 @@ def main():
         metrics["n_succ"] = len(successes)
         line = f"success {metrics['success']:.2f}  N_succ {len(successes)}/{config.n_req}  "
         line += f"steps {metrics['steps']:.1f}  invalid {metrics['invalid']:.2f}"
-        run.log(k, metrics, episodes, line)
+        run.log(k, metrics, episodes, advantages, line)
         enough = len(successes) >= config.n_req
         finished = enough or k == config.warmup_iterations
         run.save_when_due(policy, k, finished, successes=successes)

@@ -19,6 +19,7 @@ class Row:
     internalize: bool = False  # prompt_ids is x_t of a step of the skill arm; only L_int applies
     delta: float = 0.0  # Delta_g
     action_mask: list = field(default_factory=list)  # per response token
+    skill_ids: list = field(default_factory=list)  # xs_t, where --internalize_loss kl reads it
     rank: int = 0  # of the process that trains it
     old_logprobs: torch.Tensor | None = None  # filled by `update`, per response token
     ref_logprobs: torch.Tensor | None = None

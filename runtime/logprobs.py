@@ -1,7 +1,11 @@
 """The log-probs of a response by the training forward, without ever holding all its logits."""
 
+from dataclasses import replace
+
 import torch
 from torch.utils.checkpoint import checkpoint
+
+from runtime.batches import collate
 
 LOGITS = 2**27  # float32 logits held at once: 0.5 GB each of the five tensors of their backward
 
@@ -41,3 +45,33 @@ def token_logprobs(model, ids, response_mask, temperature=1.0, entropy=True):
     filled = values.new_zeros(*ids.shape, 2)  # [B, L, 2]
     filled[response_mask] = values
     return filled.unbind(-1)
+
+
+def expected_logprobs(model, rows, t, temperature, pad_id):
+    """E_v [log pi(v | plain prompt, y_<)] for v ~ pi(. | skill prompt, y_<), the latter without
+    gradient, at the action tokens of the internalization rows -> [B, L], 0 elsewhere.
+
+    In the place of log pi(y | x_t, y_<) in L_int its gradient is that of the KL divergence from the
+    skill-prompted to the plain distribution. Holds all V logits of those tokens.
+    """
+    mask = t["action_mask"]  # [B, L]
+    skilled = [replace(row, prompt_ids=row.skill_ids or row.prompt_ids) for row in rows]
+    with torch.no_grad():
+        s = collate(skilled, pad_id, model.device)
+        teacher = log_distributions(model, s["ids"], s["action_mask"], temperature)  # [N, V]
+    student = log_distributions(model, t["ids"], mask, temperature)  # [N, V]
+    filled = student.new_zeros(mask.shape)  # [B, L]
+    filled[mask] = (teacher.exp() * student).sum(-1)
+    return filled
+
+
+def log_distributions(model, ids, mask, temperature):
+    """Log-probs of every token of the vocabulary in the place of each token of `mask` -> [N, V]."""
+    predicts = mask.roll(-1, 1)  # [B, L]
+    head = model.lm_head
+    head.forward = lambda hidden: torch.nn.Linear.forward(head, hidden[predicts])
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits  # [N, V]
+    finally:
+        del head.forward
+    return (logits.float() / temperature).log_softmax(-1)

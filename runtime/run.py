@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ import envs
 from config import FREE, PRESETS, UserError, other_config, read_jsonl, write_atomically
 from runtime import memory, parallel
 from runtime.policy import Policy, dtype_of, load_policy, load_reference, make_optimizer
+from skills import group_deltas
 
 
 PHASES = ("warmup", "mine", "distill")
@@ -66,8 +68,8 @@ def write_embedded_data(folder):
 
     if folder == PRESETS["tiny"]["data"]:
         household.write_games(Path(folder))
-    elif folder == PRESETS["tiny-webshop"]["data"]:
-        shop.write_catalogue(Path(folder))
+    elif Path(folder) in shop.SHOPS:
+        shop.write_catalogue(Path(folder), shop.SHOPS[Path(folder)])
 
 
 def run_script(main):
@@ -108,7 +110,7 @@ class Run:
         policy, state = run.start(after="warmup")
         for k in run.iterations(config.mine_iterations):
             ... run.draw_tasks(k) ... run.seed(k) ...
-            run.log(k, metrics, episodes, line)
+            run.log(k, metrics, episodes, advantages, line)
             run.save_when_due(policy, k, finished, bank, successes=successes)
     """
 
@@ -263,8 +265,8 @@ class Run:
                 for name in self.spent:
                     self.spent[name] = sum(x[name] for x in lines)
 
-    def log(self, iteration, metrics, episodes, line):
-        """One line of metrics, a few readable episodes, one line on the screen."""
+    def log(self, iteration, metrics, episodes, advantages, line):
+        """One line of metrics, a few readable episodes of one group, one line on the screen."""
         if parallel.rank() > 0:
             return
         now = time.time()
@@ -277,10 +279,11 @@ class Run:
         self.clock = now
         with open(self.root / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-        count = min(self.config.samples, len(episodes))
+        deltas = group_deltas(episodes)
         with open(self.root / "episodes.jsonl", "a") as file:
-            for episode in random.Random(iteration).sample(episodes, count):
-                file.write(json.dumps(where | readable(episode)) + "\n")
+            for i in choose_shown(episodes, self.config.samples, iteration):
+                transcript = readable(episodes[i], advantages[i], deltas)
+                file.write(json.dumps(where | transcript) + "\n")
         tqdm.write(f"{self.phase} {iteration:>3}  {line}")
 
 
@@ -293,15 +296,30 @@ def peak_memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def readable(episode) -> dict:
-    """A transcript for episodes.jsonl."""
+def choose_shown(episodes, count, seed) -> list:
+    """The indices of `count` episodes of one random group, in turns from its two arms."""
+    rng = random.Random(seed)
+    group = rng.choice(episodes).group
+    members = [i for i, e in enumerate(episodes) if e.group == group]
+    rng.shuffle(members)
+    skilled = [i for i in members if episodes[i].skills]
+    plain = [i for i in members if not episodes[i].skills]
+    turns = [i for pair in zip_longest(skilled, plain) for i in pair if i is not None]
+    return turns[:count]
+
+
+def readable(episode, advantages, deltas) -> dict:
+    """A transcript for episodes.jsonl; tools/report.py shows it."""
+    steps = []
+    for step, advantage in zip(episode.steps, advantages, strict=True):
+        shown = {"saw": step.obs, "said": step.response, "did": step.action}
+        steps.append(shown | {"reward": step.reward, "advantage": round(float(advantage), 4)})
     return {
         "item": episode.item,
+        "group": episode.group,
         "task": episode.task,
         "success": episode.success,
+        "delta": deltas.get(episode.group),
         "skills": [f"when {s.condition}: {s.strategy}" for s in episode.skills],
-        "steps": [
-            {"saw": s.obs, "said": s.response, "did": s.action, "reward": s.reward}
-            for s in episode.steps
-        ],
+        "steps": steps,
     }

@@ -1,11 +1,14 @@
 """The life of a skill, retrieval, what the bank takes in, Delta_g. Names tell the bug guarded."""
 
+from dataclasses import replace
+
 import pytest
 
 import common
 from common import Episode, Step
 from config import Config, UserError
 from skills import Skill, SkillBank, group_deltas, parse_skill, plain_successes
+from worlds import alfworld
 
 
 def bank_of(*skills, **flags):
@@ -266,6 +269,16 @@ def test_counts_and_the_table_tell_the_statuses_apart():
 
 
 # --- retrieval in a phase -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share, skilled", [(0, 0), (0.01, 1), (0.25, 1), (0.5, 2), (1, 4)])
+def test_skill_share_is_the_share_of_a_group_that_carries_skills(share, skilled, config, games):
+    """A small share is one member: none would mine skills and never try them."""
+    item = common.envs.list_items("alfworld", "train", games)[0]
+    settings = replace(config, skill_share=share, group_size=4)
+    bank = bank_of(Skill("b", "2", alfworld.task_type_of(item), status="active"))
+    (group,) = common.plan_groups([item], settings, bank=bank, statuses=("active",))
+    assert [bool(e.skills) for e in group] == [True] * skilled + [False] * (4 - skilled)
 
 
 def test_a_phase_gets_the_skills_of_the_statuses_it_names(config, games):

@@ -123,6 +123,7 @@ def train_policy(
     seed=0,
     count=60_000,
     knows=None,
+    difficulties=None,
     start=None,
     lr=2e-2,
     hidden=128,
@@ -131,13 +132,16 @@ def train_policy(
 ) -> float:
     """Imitation of `count` lessons in one pass, `rows` a batch; saves HF format to `out`.
 
-    knows   how much the demonstrator knows; None: what the shipped policies began with
-    start   a policy to go on from, with its tokenizer
+    knows          how much the demonstrator knows; None: what the shipped policies began with
+    difficulties   of the shop's lessons; None: the demo's
+    start          a policy to go on from, with its tokenizer
     -> held-out loss in nats a token
     """
     torch.manual_seed(seed)
     teacher = shop if world == "webshop" else household
-    pairs = teacher.lessons(count, seed, *([] if knows is None else [knows]))
+    chosen = {"knows": knows, "difficulties": difficulties}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    pairs = teacher.lessons(count, seed, **chosen)
     if start:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
         model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32)
@@ -200,6 +204,9 @@ def main():
     parser.add_argument("--count", type=int, default=60_000, help="lessons to learn from")
     parser.add_argument(
         "--knows", type=float, help="share of right appliances (0), or of options chosen (0.45)"
+    )
+    parser.add_argument(
+        "--difficulties", type=int, nargs="+", help="shop: options of a product, in turns; 1 to 5"
     )
     parser.add_argument("--start", type=Path, default=None, help="policy to go on from")
     parser.add_argument("--lr", type=float, default=2e-2)

@@ -28,6 +28,9 @@ OPTIONS = {
     "flavor": ["apple", "cherry", "honey", "salt"],
     "pack": ["single", "double", "family"],
 }
+SHOPS = {SHOP: None} | {  # data folder: difficulty, runs/tiny-shop-1 to -5
+    SHOP.with_name(f"{SHOP.name}-{n}"): n for n in range(1, len(OPTIONS) + 1)
+}
 CATEGORIES = {  # category: (levels above the product, options, attributes, products)
     "fashion": (
         "Clothing › Basics",
@@ -60,13 +63,17 @@ CATEGORIES = {  # category: (levels above the product, options, attributes, prod
         "cable charger speaker mouse keyboard radio",
     ),
 }
+GOALS = 500  # of a turn of catalogues, in the lessons
 BRANDS = "Arbo Belka Cando Delmar Evora Fenix Gilda Hanse Iris Jolin Kapro Lumo".split()
 
 
-def make_catalogue(folder: Path, products: int, seed) -> Path:
+def make_catalogue(folder: Path, products: int, seed, difficulty=None) -> Path:
     """Write `products` random products with their instructions, in the original's format.
 
-    -> `folder`; the products are a function of `seed`.
+    difficulty   how many options every product has, all named in its tasks (1 to 5): so many
+                 things must be right at once. None: those of its category, one or two
+
+    -> `folder`; the products are a function of `seed` and `difficulty`.
     """
     rng = random.Random(f"{seed} catalogue")
     items = []
@@ -81,6 +88,8 @@ def make_catalogue(folder: Path, products: int, seed) -> Path:
             continue
         price = rng.randint(5, 90)
         offered = {}
+        if difficulty:
+            options = [*options, *(name for name in OPTIONS if name not in options)][:difficulty]
         for name in options:
             values = sorted(rng.sample(OPTIONS[name], 3))
             offered[name] = [{"value": value} for value in values]
@@ -107,10 +116,10 @@ def make_catalogue(folder: Path, products: int, seed) -> Path:
     return folder
 
 
-def write_catalogue(folder: Path = SHOP) -> Path:
-    """The catalogue of the demo, written once."""
+def write_catalogue(folder: Path = SHOP, difficulty=None) -> Path:
+    """The catalogue of the demo, or of a difficulty (see SHOPS), written once."""
     if not (folder / "items_shuffle.json").exists():
-        make_catalogue(folder, products=240, seed=0)
+        make_catalogue(folder, 240, seed=0, difficulty=difficulty)
     return folder
 
 
@@ -134,7 +143,7 @@ def follow(strategies, plan) -> list:
     return [name for name in OPTIONS if f"the {name} " in text]
 
 
-def demonstrate(env, plan, rng, max_steps=9) -> list:
+def demonstrate(env, plan, rng, max_steps=11) -> list:
     """Shop for the goal, choosing the options in `plan` -> [(observation, thought, action, slip)].
 
     Slips are random clicks, to show how to go on after one.
@@ -181,10 +190,11 @@ def summarize(category, names, history) -> str:
     return json.dumps({"condition": condition, "strategy": strategy_text(chosen)})
 
 
-def lessons(count, seed, knows=0.45) -> list:
+def lessons(count, seed, knows=0.45, difficulties=(None,)) -> list:
     """`count` (prompt, response) pairs: plain steps, steps under skills, and summaries.
 
-    knows   how often the demonstrator chooses an option that the task names, without a skill
+    knows          how often the demonstrator chooses an option that the task names, without a skill
+    difficulties   of the catalogues, in turns: see `make_catalogue`
     """
     rng = random.Random(f"{seed} lessons")
     pairs = []
@@ -192,10 +202,11 @@ def lessons(count, seed, knows=0.45) -> list:
     while len(pairs) < count:
         number += 1
         with tempfile.TemporaryDirectory() as name:
-            folder = make_catalogue(Path(name), products=240, seed=f"lessons {seed} {number}")
+            difficulty = difficulties[number % len(difficulties)]
+            folder = make_catalogue(Path(name), 240, f"lessons {seed} {number}", difficulty)
             webshop.build_cache(folder, folder / "cache")
             catalogue = webshop.Catalogue(folder / "cache")
-            for goal in catalogue.goal_names()[:500]:
+            for goal in catalogue.goal_names()[: GOALS // len(difficulties)]:
                 pairs += lesson(webshop.WebShop(catalogue.goal(goal), catalogue), rng, knows)
             catalogue.file.close()
     return pairs[:count]

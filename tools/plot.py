@@ -1,6 +1,7 @@
 """Draw the three phases of a run into one PNG, from its metrics.jsonl and eval-*.json alone.
 
     python -m tools.plot --run tiny                # writes runs/tiny/plot.png
+    python -m tools.plot --run tiny --control tiny-control    # with GiGPO from the same warm-up
 
 Four panels over the iterations: success of the plain and of the skill arm, Delta_g, skills by
 status, and lambda with the share of gated tokens. Evaluations (plain prompt, Wilson 95% intervals)
@@ -44,11 +45,18 @@ def with_gaps(values) -> list:
     return [NAN if v is None else v for v in values]
 
 
-def draw(root: Path, out: Path):
-    """Draw the run in folder `root` to the PNG `out`. UserError if it has no metrics."""
+def read_metrics(root: Path) -> list:
     if not (root / "metrics.jsonl").exists():
         raise UserError(f"{root}/metrics.jsonl: no such file; run warmup.py, or give another --run")
-    records = read_jsonl(root / "metrics.jsonl")
+    return read_jsonl(root / "metrics.jsonl")
+
+
+def draw(root: Path, out: Path, control: Path | None = None):
+    """Draw the run in folder `root`, with its control's success, to the PNG `out`.
+
+    UserError if there are no metrics.
+    """
+    records = read_metrics(root)
     ends = {}  # phase -> its last iteration, counted through all phases
     for number, record in enumerate(records, 1):
         ends[record["phase"]] = number
@@ -58,6 +66,8 @@ def draw(root: Path, out: Path):
     success, delta, counts, weight = axes
     draw_success(success, records)
     draw_evaluations(success, root, ends)
+    if control:
+        draw_control(success, control)
     success.legend(loc="lower right", **LEGEND)
     draw_delta(delta, records)
     draw_skills(counts, records)
@@ -100,6 +110,16 @@ def draw_evaluations(axis, root, ends):
             axis.errorbar([x], [y], yerr=error, label=label, **look)
             axis.annotate(f"{y:.2f}", (x, y), xytext=(7, -3), textcoords="offset points")
             label = None  # one line in the legend is enough
+
+
+def draw_control(axis, root):
+    """The control's success, which is all plain, and its last evaluation."""
+    records = read_metrics(root)
+    x, values = column(records, "success_plain")
+    axis.plot(x, with_gaps(smooth(values)), "--", color=GRAY, label="control: GiGPO alone")
+    for path in sorted(root.glob("eval-*-distill-T*.json")):
+        y = read_json(path)["results"]["all"]["success"]
+        axis.plot([len(records) + 0.25], [y], "D", color=GRAY, ms=5)
 
 
 def draw_delta(axis, records):
@@ -154,10 +174,12 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", default="tiny", help="name of the run")
+    parser.add_argument("--control", default="", help="name of its control, a run too")
     parser.add_argument("--out", default="", help="the PNG; empty: runs/<run>/plot.png")
     args = parser.parse_args()
     root = Path("runs") / args.run
-    draw(root, Path(args.out or root / "plot.png"))
+    control = Path("runs") / args.control if args.control else None
+    draw(root, Path(args.out or root / "plot.png"), control)
 
 
 if __name__ == "__main__":

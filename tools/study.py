@@ -53,6 +53,9 @@ VARIANTS = {  # name: (flags of both phases, flags of phase 2 alone); one line m
     "no-validation": ("--validate false", ""),
     "grpo": ("--step_weight 0", ""),
     "arm-baselines": ("--arm_baselines true", ""),
+    "kl": ("", "--internalize_tokens response --internalize_loss kl"),
+    "hand-off": ("", "--internalize_tokens response --hand_off true"),
+    "placebo": ("--placebo true", ""),
     "given": ("--given_skills given-skills.jsonl --mine_episodes 0", ""),
 }
 
@@ -68,6 +71,7 @@ def parse():
     parser.add_argument("--mine_iterations", type=int, default=4)
     parser.add_argument("--distill_iterations", type=int, default=12)
     parser.add_argument("--points", type=int, default=3, help="evaluations within phase 2")
+    parser.add_argument("--eval_items", type=int, default=0, help="of the panel; 0: all of it")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--table", action="store_true", help="no runs, only table and figure")
     args = parser.parse_args()
@@ -109,11 +113,12 @@ def saved_iteration(run, phase) -> int:
     return load_state(folder)["iteration"] if (folder / "state.pt").exists() else -1
 
 
-def evaluated(run, checkpoint, label) -> dict:
+def evaluated(args, run, checkpoint, label) -> dict:
     """The evaluation of a checkpoint, made when it is not there yet."""
     out = Path("runs") / run / f"study-{label}.json"
     if not out.exists():
-        command("evaluate.py", run, f"--checkpoint {checkpoint}", f"--out {out}")
+        items = f"--eval_items {args.eval_items}"
+        command("evaluate.py", run, f"--checkpoint {checkpoint}", f"--out {out}", items)
     return read_json(out)
 
 
@@ -121,8 +126,8 @@ def warm_up(args, seed):
     run = f"{args.name}-warmup-s{seed}"
     if not (Path("runs") / run / "study-warmup.json").exists():
         command("warmup.py", run, args.flags, f"--seed {seed}")
-    evaluated(run, "init", "init")
-    evaluated(run, "warmup", "warmup")
+    evaluated(args, run, "init", "init")
+    evaluated(args, run, "warmup", "warmup")
 
 
 def mined_by(args, variant, seed) -> str:
@@ -136,7 +141,7 @@ def mine(args, run, seed, flags):
     if not finished(run, "mine", args.mine_iterations):
         fork = f"--fork {args.name}-warmup-s{seed}"
         command("mine.py", run, fork, flags, f"--mine_iterations {args.mine_iterations}")
-    evaluated(run, "mine", "mine")
+    evaluated(args, run, "mine", "mine")
 
 
 def distill(args, variant, seed):
@@ -148,7 +153,7 @@ def distill(args, variant, seed):
         if not finished(run, "distill", iterations):
             command("distill.py", run, fork, flags, f"--distill_iterations {iterations}")
         if iterations == saved_iteration(run, "distill"):  # a later one was evaluated before
-            evaluated(run, "distill", f"distill-{iterations}")
+            evaluated(args, run, "distill", f"distill-{iterations}")
 
 
 def stages(args) -> list:
@@ -295,17 +300,19 @@ def between(bounds) -> str:
     return f"{low:+.3f} to {high:+.3f}" if low < 0 else f"{low:.3f} to {high:.3f}"
 
 
+def mean_curve(axis, variant, curves):
+    """Success against episodes: the mean of the seeds, and their range as a band."""
+    episodes = np.mean([[point[0] for point in curve] for curve in curves.values()], axis=0)
+    success = [[np.mean(list(items.values())) for _, items in curve] for curve in curves.values()]
+    success = np.array(success)  # [seeds, points]
+    (line,) = axis.plot(episodes, success.mean(0), marker="o", ms=4, label=variant)
+    axis.fill_between(episodes, success.min(0), success.max(0), color=line.get_color(), alpha=0.12)
+
+
 def draw(args, results, path):
     figure, axis = plt.subplots(figsize=(7.5, 4.5), constrained_layout=True)
     for variant, curves in results.items():
-        episodes = np.mean([[point[0] for point in c] for c in curves.values()], axis=0)
-        success = np.array(
-            [[np.mean(list(items.values())) for _, items in c] for c in curves.values()]
-        )  # [seeds, points]
-        (line,) = axis.plot(episodes, success.mean(0), marker="o", ms=4, label=variant)
-        axis.fill_between(
-            episodes, success.min(0), success.max(0), color=line.get_color(), alpha=0.12
-        )
+        mean_curve(axis, variant, curves)
     axis.set(xlabel="episodes", ylabel="held-out success, plain prompt", ylim=(0, 1))
     axis.set_title(f"{args.name}: mean and range of {len(args.seeds)} seeds", fontsize=10)
     axis.legend(frameon=False)
