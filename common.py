@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import envs
 from config import Config, UserError, parse_config  # noqa: F401
-from runtime import parallel
+from runtime import guard, parallel
 from runtime.batches import Row, collate, make_batches, micro_batches
 from runtime.generation import Cache, encode_prompts, generate
 from runtime.logprobs import expected_logprobs, token_logprobs
@@ -202,6 +202,7 @@ class Episode:
     steps: list = field(default_factory=list)
     success: bool = False
     score: float = 0.0
+    failure: str = ""  # why the world could not go on, if it raised an error
 
 
 def plan_groups(
@@ -223,8 +224,8 @@ def plan_groups(
     groups = []
     for number, item in enumerate(items):
         skills = ()
-        if bank and skilled:
-            obs = envs.make_env(config.env, item, config.engine).reset()
+        obs = guard.first_observation(config, item) if bank and skilled else None
+        if obs:
             found = bank.retrieve(obs.task, obs.task_type, config.top_k, statuses, training)
             skills = tuple(found)
         group = f"{number}:{item}"
@@ -235,7 +236,8 @@ def plan_groups(
 
 
 def rollout(policy, config, groups, seed, *, temperature=None, desc="rollout") -> list:
-    """Play every episode of the groups to its end -> [Episode], in their order.
+    """Play every episode of the groups to its end -> [Episode], in their order, without the groups
+    of which a world raised an error.
 
     All games run in this process, one step of each at a time; finished ones leave the batch.
     """
@@ -251,26 +253,24 @@ def rollout(policy, config, groups, seed, *, temperature=None, desc="rollout") -
     planned = [episode for group in groups for episode in group]
     for played, plan in zip(episodes, planned, strict=True):
         played.skills = plan.skills  # the bank's own objects: other processes return copies
-    return episodes
+    return guard.without_failures(episodes)
 
 
 def play(policy, config, episodes, temperature, seed, desc) -> list:
     """The same episodes, played: per turn the prompts, the responses, a step of each game."""
     model = policy.model
-    games = [envs.make_env(config.env, episode.item, config.engine) for episode in episodes]
-    observations = [game.reset() for game in games]
-    for episode, obs in zip(episodes, observations):
-        episode.task = obs.task
-        episode.task_type = obs.task_type
+    games, observations = guard.open_games(episodes, config)
+    running = [i for i, episode in enumerate(episodes) if not episode.failure]
     rows = min(config.generation_rows, len(episodes))
     cache = Cache(model, rows, config.max_prompt_tokens + config.max_response_tokens)
     fallback_chars = envs.world(config.env).FALLBACK_CHARS
-    running = list(range(len(episodes)))
     tokens = 0
     start = time.time()
     quiet = parallel.rank() > 0
     with tqdm(total=len(episodes), desc=desc, unit="episode", leave=False, disable=quiet) as bar:
         for t in range(config.max_steps):
+            if not running:
+                break
             waiting = [(episodes[i], observations[i]) for i in running]
             prompts = fit_prompts(policy.tokenizer, config, waiting)
             answers = generate(
@@ -288,7 +288,10 @@ def play(policy, config, episodes, temperature, seed, desc) -> list:
                 response_ids, logprobs, response = answer
                 action, valid = envs.parse_action(response, fallback_chars)
                 seen = observations[i].text
-                observations[i], reward, done, info = games[i].step(action)
+                outcome = guard.attempt(episodes[i], games[i].step, action)
+                if outcome is None:
+                    continue
+                observations[i], reward, done, info = outcome
                 step = Step(
                     obs=seen,
                     plain_ids=plain_ids,
@@ -309,13 +312,8 @@ def play(policy, config, episodes, temperature, seed, desc) -> list:
             bar.update(len(running) - len(still_running))
             running = still_running
             success = np.mean([e.success for e in episodes])
-            invalid = np.mean([not s.valid for e in episodes for s in e.steps])
             speed = tokens / (time.time() - start)
-            bar.set_postfix_str(
-                f"step {t + 1}, success {success:.2f}, invalid {invalid:.2f}, {speed:.0f} tokens/s"
-            )
-            if not running:
-                break
+            bar.set_postfix_str(f"step {t + 1}, success {success:.2f}, {speed:.0f} tokens/s")
     return episodes
 
 
@@ -572,23 +570,31 @@ def update(policy, rows, config, seed, *, lambda_=0.0) -> dict:
     for batch in batches:
         log = backward(model, batch, config, lambda_, pad_id)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        policy.optimizer.step()
+        norm = float(parallel.join(norm))
+        if guard.is_finite(log, norm):
+            policy.moved = True
+            policy.refused = 0
+            policy.optimizer.step()
+            logs.append(log | {"grad_norm": norm})
+        else:
+            guard.refuse(policy, batch, log, norm, config)
         policy.optimizer.zero_grad(set_to_none=True)  # no memory for gradients in the next rollout
-        logs.append(log | {"grad_norm": float(parallel.join(norm))})
         bar.update(len(batch))
         bar.set_postfix(loss=f"{log['loss']:.3f}")
     model.eval()
     bar.close()
-    gap = logs[0]["log_ratio"]  # of the first step, before the policy has moved
+    means = {}
+    if logs:
+        means = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
+        means["logprob_gap"] = logs[0]["log_ratio"]  # of the first step: nothing has moved yet
     if config.recompute_old:
         own = [row for row in rl if row.rank == parallel.rank()]
         gaps = [(row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs() for row in own]
-        gap = torch.cat(gaps).mean().item() if gaps else 0.0
-    means = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
+        means["logprob_gap"] = torch.cat(gaps).mean().item() if gaps else 0.0
     return means | extra | {
         "rows": len(rl),
         "internalization_rows": len(rows) - len(rl),
-        "optimizer_steps": len(batches),
-        "logprob_gap": gap,
+        "optimizer_steps": len(logs),
+        "refused_steps": len(batches) - len(logs),
         "update_tokens_per_s": sum(map(len, rows)) / (time.time() - start),
     }

@@ -10,6 +10,7 @@ small files. Nothing of this project is imported here.
 import difflib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,6 +123,7 @@ class Config:
     )
     # housekeeping
     save_every: int = flag(5, "iterations between saves; a stopped phase goes on from the last")
+    save_minutes: float = flag(30.0, "minutes after which the end of an iteration is saved anyway")
     dry_run: bool = flag(False, "print the memory that the run needs, part by part, and stop")
     samples: int = flag(2, "episodes written out readably in each iteration")
     compare_gradients: bool = flag(
@@ -209,6 +211,7 @@ FREE = (  # may change when a phase is resumed: they change no result, extend it
     "optimizer_offload",
     "max_prompt_tokens",
     "save_every",
+    "save_minutes",
     "samples",
     "compare_gradients",
     "dry_run",
@@ -268,21 +271,55 @@ def parse_config(phase: str, doc: str, extra=None):
     shop = (first.preset, first.env) == ("tiny", "webshop")
     parser.set_defaults(**PRESETS["tiny-webshop" if shop else first.preset])
     first, _ = parser.parse_known_args()
+    check_name("run", first.run)
+    if first.fork:
+        check_name("fork", first.fork)
     if first.fork and (phase == "warmup" or first.run == first.fork):
         raise UserError(f"--fork {first.fork}: for mine.py and distill.py, with another --run")
     folder = Path("runs") / first.run
     if first.fork and not (folder / "config.json").exists():
         folder = Path("runs") / first.fork
-    saved = {}
-    if phase != "warmup" and (folder / "config.json").exists():
-        saved = read_json(folder / "config.json")
-        parser.set_defaults(**saved | {"run": first.run})
+    saved = {} if phase == "warmup" else saved_flags(folder)
+    parser.set_defaults(**saved | {"run": first.run})
     config, *rest = parser.parse_args_into_dataclasses()
     for name in SAME:
         if name in saved and saved[name] != getattr(config, name):
             raise other_config(folder, name, saved[name], getattr(config, name))
     check(config)
     return (config, *rest) if extra else config
+
+
+def check_name(flag_name, run):
+    """UserError for a name that would write outside runs/, or over the embedded data there."""
+    data = ("tiny-games", "tiny-shop", "webshop-cache")
+    plain = re.fullmatch(r"[\w.-]+", run, re.ASCII) and run.strip(".")
+    if not plain or re.fullmatch(rf"({'|'.join(data)})(-\d)?", run):
+        taken = ", ".join(data)
+        raise UserError(f"--{flag_name} {run!r}: use letters, digits, . _ and -, and not {taken}")
+
+
+def saved_flags(folder) -> dict:
+    """The flags of a run: its config.json, or where that is lost the copy in its first save.
+
+    {} for a run that has not begun. UserError where the two differ: one of them was damaged.
+    """
+    path = folder / "config.json"
+    copies = [folder / f"{name}/config.json" for name in ("warmup", "mine", "distill")]
+    copies = [copy for copy in copies if copy.exists()]
+    try:
+        flags = read_json(path)
+    except UserError as error:
+        if not copies:
+            if path.exists():
+                raise
+            return {}
+        print(f"{error}; the copy {copies[0]} is used")
+        return read_json(copies[0])
+    theirs = read_json(copies[0]) if copies else flags
+    for name in theirs:
+        if name not in FREE and (not isinstance(flags, dict) or flags.get(name) != theirs[name]):
+            raise UserError(f"{path} and {copies[0]} differ in {name}: copy the right one over it")
+    return flags
 
 
 def refuse(message):
@@ -342,7 +379,15 @@ def read_json(path):
 
 
 def read_jsonl(path) -> list:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """The records of a file with a JSON object on each line. UserError for a line that is none."""
+    records = []
+    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            remedy = "mend or delete that line"
+            raise UserError(f"{path}, line {number}: not readable as JSON; {remedy}") from None
+    return records
 
 
 def write_atomically(path, text):

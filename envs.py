@@ -33,9 +33,12 @@ def make_env(name: str, item, engine: str = "fast"):
     """Open one item, which always starts the same -> a game with `reset()` and `step(action)`.
 
     name      item
-    alfworld  the path of a `game.tw-pddl`; engine "textworld" plays it through the stock package
+    alfworld  the path of a `game.tw-pddl`; engine "textworld" plays it through the stock package,
+              "textworld-trusted" also with a foreign grammar, whose code then runs
     webshop   "<data folder>/<asin>/<number>" as `list_items` gives it, or a goal as a dict in the
               original's format, for the catalogue under $WEBSHOP_DATA
+
+    UserError for an item that is damaged or missing: what is opened can be played to its end.
     """
     return world(name).open_item(item, engine)
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +26,20 @@ import common
 import envs
 from common import Policy, SkillBank, UserError, plan_groups, rollout
 from config import flag, write_atomically
-from runtime import parallel
+from runtime import parallel, saves
 from runtime.policy import load_policy
-from runtime.run import goal_rules, list_items, set_up
+from runtime.run import PHASES, goal_rules, list_items, set_up
+
+
+@dataclass
+class Outcome:
+    """How one item went."""
+
+    item: str
+    task_type: str
+    success: bool
+    score: float
+    steps: int
 
 
 @dataclass
@@ -46,11 +57,19 @@ class Evaluation:
     )
 
 
-def evaluate(policy, config, items, temperature, seed, bank=None) -> list:
-    """One episode for each item, in waves of 256 -> [Episode]."""
-    episodes = []
-    for start in range(0, len(items), 256):
-        wave = items[start : start + 256]
+WAVE = 64  # items played together, after which the results are on the disk
+
+
+def evaluate(policy, config, items, temperature, seed, bank=None, done=None) -> list:
+    """One episode for each item, wave by wave -> [Outcome].
+
+    done   a file: the waves that an interrupted evaluation left in it are not played again
+
+    UserError if an item cannot be played.
+    """
+    outcomes = read_outcomes(done)
+    for start in range(len(outcomes), len(items), WAVE):
+        wave = items[start : start + WAVE]
         skilled = 1 if bank else 0
         groups = plan_groups(
             wave,
@@ -61,10 +80,28 @@ def evaluate(policy, config, items, temperature, seed, bank=None) -> list:
             statuses=("active",),
             training=False,
         )
-        episodes += rollout(
-            policy, config, groups, seed + start, temperature=temperature, desc="evaluate"
-        )
-    return episodes
+        desc = f"evaluate {start + len(wave)}/{len(items)}"
+        episodes = rollout(policy, config, groups, seed + start, temperature=temperature, desc=desc)
+        if len(episodes) < len(wave):
+            raise UserError("some items cannot be played, see above; mend or remove them")
+        played = [
+            Outcome(e.item, e.task_type, bool(e.success), float(e.score), len(e.steps))
+            for e in episodes
+        ]
+        outcomes += played
+        if done and parallel.rank() == 0:
+            with open(done, "a") as file:
+                file.write("".join(json.dumps(asdict(outcome)) + "\n" for outcome in played))
+    return outcomes
+
+
+def read_outcomes(path) -> list:
+    """What an interrupted evaluation left, whole waves only."""
+    if path is None or not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]  # a kill may have left half of the last line
+    outcomes = [Outcome(**json.loads(line)) for line in lines]
+    return outcomes[: len(outcomes) // WAVE * WAVE]
 
 
 def wilson(successes: int, n: int) -> tuple:
@@ -79,12 +116,12 @@ def wilson(successes: int, n: int) -> tuple:
     return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
 
 
-def table(episodes) -> dict:
+def table(outcomes) -> dict:
     """Task type, and "all" -> {n, solved, success, low, high, score, steps}."""
     groups = defaultdict(list)
-    for e in episodes:
-        groups[e.task_type].append(e)
-    groups = dict(sorted(groups.items())) | {"all": episodes}
+    for outcome in outcomes:
+        groups[outcome.task_type].append(outcome)
+    groups = dict(sorted(groups.items())) | {"all": outcomes}
     result = {}
     for name, chosen in groups.items():
         solved = sum(e.success for e in chosen)
@@ -96,7 +133,7 @@ def table(episodes) -> dict:
             "low": low,
             "high": high,
             "score": float(np.mean([e.score for e in chosen])),
-            "steps": float(np.mean([len(e.steps) for e in chosen])),
+            "steps": float(np.mean([e.steps for e in chosen])),
         }
     return result
 
@@ -105,15 +142,18 @@ def choose_checkpoint(config, choice) -> tuple:
     """The checkpoint's name in a run, or a model -> (model path, skill bank or None)."""
     root = Path("runs") / config.run
     name = choice.checkpoint
-    if name in ("warmup", "mine", "distill"):
-        path = root / name / "model"
-        if not path.exists():
+    if name in PHASES:
+        folder = saves.find(root, name)
+        if folder is None:
             remedy = f"run `python {name}.py --run {config.run}`, or use --checkpoint init"
-            raise UserError(f"{path} is missing: {remedy}")
+            raise UserError(f"{root / name}/model is missing: {remedy}")
+        path = folder / "model"
     else:
         path = config.model if name == "init" else name
+    if not choice.skills:
+        return path, None
     folder = root / ("distill" if name == "distill" else "mine")
-    return path, SkillBank.load(folder, config) if choice.skills else None
+    return path, SkillBank.load(saves.find(root, folder.name) or folder, config)
 
 
 def choose_items(config, choice, split) -> list:
@@ -135,6 +175,19 @@ def digest(items, config) -> str:
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:12]
 
 
+def waves_file(out, config, choice, items, path, bank) -> Path:
+    """Where the waves of this very evaluation are kept until it is whole: same model, items,
+    settings and skills; after any change the name is another one.
+    """
+    model = saves.files_of(Path(path)) if Path(path).is_dir() else str(path)
+    skills = [(s.bucket, s.condition, s.strategy, s.utility) for s in bank.skills] if bank else None
+    rules = [config.max_steps, config.history, config.top_k, config.engine, config.dtype]
+    identity = [model, items, skills, rules, choice.eval_temperature, choice.eval_seed]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out.with_name(f"{out.stem}-{key}.waves")
+
+
 def main():
     config, choice = common.parse_config("evaluate", __doc__, Evaluation)
     device = set_up(config)
@@ -142,10 +195,18 @@ def main():
     items = choose_items(config, choice, split)
     path, bank = choose_checkpoint(config, choice)
     policy = Policy(*load_policy(path, config, device, trainable=False))
-    episodes = evaluate(policy, config, items, choice.eval_temperature, choice.eval_seed, bank)
-
-    results = table(episodes)
     name = choice.checkpoint
+    label = name.strip("/").replace("/", "-") + ("-skills" if bank else "")
+    suffix = f"T{choice.eval_temperature:g}-s{choice.eval_seed}"
+    suffix += f"-n{len(items)}" if choice.eval_items else ""
+    default = Path("runs") / config.run / f"eval-{split}-{label}-{suffix}.json"
+    out = Path(choice.out) if choice.out else default
+    done = waves_file(out, config, choice, items, path, bank)
+    outcomes = evaluate(
+        policy, config, items, choice.eval_temperature, choice.eval_seed, bank, done
+    )
+
+    results = table(outcomes)
     arm = "with skills" if bank else "plain prompt"
     items_digest = digest(items, config)
     panel = f"{len(items)} items of {split} ({items_digest})"
@@ -156,11 +217,6 @@ def main():
         interval = f"[{r['low']:.3f}, {r['high']:.3f}]"
         line = f"{task_type:<10}{counts:>10}{r['success']:>10.3f}{interval:>18}"
         print(f"{line}{r['score']:>8.3f}{r['steps']:>7.1f}")
-    label = name.strip("/").replace("/", "-") + ("-skills" if bank else "")
-    suffix = f"T{choice.eval_temperature:g}-s{choice.eval_seed}"
-    suffix += f"-n{len(items)}" if choice.eval_items else ""
-    default = Path("runs") / config.run / f"eval-{split}-{label}-{suffix}.json"
-    out = Path(choice.out) if choice.out else default
     record = {
         "checkpoint": str(path),
         "skills": bool(bank),
@@ -169,10 +225,12 @@ def main():
         "digest": items_digest,
         "temperature": choice.eval_temperature,
         "results": results,
-        "items": {e.item: e.success for e in episodes},
+        "items": {outcome.item: outcome.success for outcome in outcomes},
     }
     if parallel.rank() == 0:
         write_atomically(out, json.dumps(record, indent=1))
+        for left in out.parent.glob(f"{out.stem}-*.waves"):
+            left.unlink()
     print(f"written to {out}")
 
 

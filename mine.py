@@ -77,7 +77,7 @@ def main():
     run = Run(config, "mine")
     policy, state = run.start(after="warmup")
     successes = state["successes"]
-    bank = SkillBank.load(run.folder, config) if run.resumed else SkillBank.given(config)
+    bank = SkillBank.load(run.source, config) if run.resumed else SkillBank.given(config)
     print(f"mine: {len(successes)} successes to learn from, {len(bank.skills)} skills")
 
     for k in run.iterations(config.mine_iterations):

@@ -10,14 +10,14 @@ import json
 import math
 import re
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 from rapidfuzz import fuzz
 from rapidfuzz.utils import default_process
 
-from config import UserError, read_jsonl, write_atomically
+from config import UserError, write_atomically
 
 
 # A number that names an instance ("drawer 3", "take mug 1 from shelf 2"), not a quantity ("2
@@ -35,6 +35,9 @@ INSTANCE = re.compile(
     r"|\bB0[A-Z0-9]{8}\b",
     re.I,
 )
+
+
+STATUSES = ("candidate", "active", "retired")
 
 
 @dataclass(eq=False)
@@ -71,6 +74,7 @@ class SkillBank:
     """The skills of a run, for phases 1 and 2 only; inference needs none."""
 
     MAX_WORDS = 80  # in a skill
+    MAX_CHARACTERS = 640  # eight a word, blanks included; English needs six, so more is no prose
     DUPLICATE = 90  # percent of similarity from which two strategies count as one
     PER_BUCKET = 20  # candidate and active skills; one more retires the least valued
 
@@ -79,10 +83,16 @@ class SkillBank:
         self.skills = []
 
     def add(self, condition, strategy, bucket, iteration=0) -> str:
-        """Add a candidate -> "added", or why not: "words", "instance", "duplicate"."""
+        """Add a candidate -> "added", or why not: "unprintable" (a control character, a line break,
+        half a surrogate pair), "words", "characters", "instance", "duplicate".
+        """
         text = f"{condition}: {strategy}"
+        if not (text + bucket).isprintable():
+            return "unprintable"
         if len(text.split()) > self.MAX_WORDS:
             return "words"
+        if len(text) > self.MAX_CHARACTERS:
+            return "characters"
         if INSTANCE.search(text):
             return "instance"
         peers = [s for s in self.skills if s.bucket == bucket]
@@ -152,7 +162,7 @@ class SkillBank:
 
     def count(self) -> dict:
         statuses = [s.status for s in self.skills]
-        return {status: statuses.count(status) for status in ("candidate", "active", "retired")}
+        return {status: statuses.count(status) for status in STATUSES}
 
     def summary(self) -> str:
         return " ".join(f"{n} {status}" for status, n in self.count().items())
@@ -171,30 +181,89 @@ class SkillBank:
 
     @classmethod
     def given(cls, config):
-        """A new bank: empty, or with the skills of the file --given_skills, all active."""
+        """A new bank: empty, or with the skills of the file --given_skills, all active. A line of
+        it is a JSON object with condition, strategy and bucket; a skill's other fields count not.
+        """
         bank = cls(config)
         if config.given_skills:
-            if not Path(config.given_skills).exists():
-                raise UserError(f"--given_skills {config.given_skills}: no such file")
-            for line in read_jsonl(config.given_skills):
+            needed = {"condition", "strategy", "bucket"}
+            for line in read_skills(config.given_skills, needed):
                 skill = Skill(line["condition"], line["strategy"], line["bucket"], status="active")
                 bank.skills.append(skill)
         return bank
 
     @classmethod
     def load(cls, folder, config):
+        """The bank that `save` wrote in the folder of a phase."""
         path = Path(folder) / "skills.jsonl"
         bank = cls(config)
         if not path.exists():
             raise UserError(f"{path}: no such skill file; it is written by mine.py")
-        bank.skills = [Skill(**line) for line in read_jsonl(path)]
+        needed = {f.name for f in fields(Skill)}
+        bank.skills = [Skill(**line) for line in read_skills(path, needed)]
         return bank
+
+
+def read_skills(path, needed) -> list:
+    """The skills of a file, a JSON object a line, as dicts with the fields `needed` at least.
+
+    UserError for a file that cannot be read, and for a line that is no skill, by its number.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file of skills") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as text ({error})") from None
+    skills = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                skills.append(json.loads(line))
+                check_skill(skills[-1], needed)
+            except (ValueError, RecursionError) as error:
+                reason = f"{error!s:.200}"
+                remedy = "mend or delete the line"
+                raise UserError(f"{path}, line {number}: no skill, {reason}; {remedy}") from None
+    return skills
+
+
+def check_skill(skill, needed):
+    """ValueError for what is not a skill as a dict with the fields `needed`, or has other fields
+    than a Skill, a value of another type, or an unprintable text.
+    """
+    if not isinstance(skill, dict):
+        raise ValueError("not a JSON object")
+    types = {f.name: f.type for f in fields(Skill)}
+    missing = sorted(needed - set(skill))
+    unknown = sorted(set(skill) - set(types))
+    if missing or unknown:
+        raise ValueError(f"missing fields {missing}, unknown fields {unknown}")
+    for name, value in skill.items():
+        if types[name] is str:
+            right = isinstance(value, str) and value.strip() and value.isprintable()
+        elif types[name] is int:  # true is an int to isinstance
+            right = type(value) is int and value >= 0
+        elif types[name] is float:
+            right = is_difference(value)
+        else:
+            right = isinstance(value, list) and all(map(is_difference, value))
+        if not right:
+            raise ValueError(f"{name} is {value!r:.60}")
+    if skill.get("status", "active") not in STATUSES:
+        raise ValueError(f"status is {skill['status']!r:.60}, not one of {', '.join(STATUSES)}")
+
+
+def is_difference(value) -> bool:
+    """Whether it is a number as Delta_g and its average are, between -1 and 1 up to rounding."""
+    return type(value) in (int, float) and abs(value) < 1.001  # false for NaN
 
 
 def parse_skill(text: str):
     """A summary -> (condition, strategy); None unless it is one JSON object with both, no more."""
     try:
-        data = json.loads(re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip()))
+        fenced = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
+        data = json.loads(fenced.strip())
         condition, strategy = (data[key].strip().rstrip(".") for key in ("condition", "strategy"))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

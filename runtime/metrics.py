@@ -24,6 +24,7 @@ def rollout_metrics(episodes, advantages, config, deltas=None) -> dict:
         types[e.task_type].append(e)
     metrics = {
         "episodes": len(episodes),
+        "groups": len(groups),
         "success": success_rate(episodes),
         "success_plain": success_rate([e for e in episodes if not e.skills]),
         "success_skill": success_rate([e for e in episodes if e.skills]),

@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import optimi
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 from transformers import logging as transformers_logging
 
@@ -49,6 +50,8 @@ class Policy:
     tokenizer: PreTrainedTokenizerFast
     reference: torch.nn.Module | None = None  # frozen; None without a KL term
     optimizer: torch.optim.Optimizer | None = None
+    moved: bool = False  # a step was taken since the end of the last iteration
+    refused: int = 0  # steps in a row that were left out, see runtime/guard.py
 
 
 def local_path(path) -> Path | str:
@@ -82,8 +85,14 @@ def load_policy(path, config: Config, device, trainable=True):
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
-    except (OSError, ValueError) as error:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True
+            )
+            check_whole(path, model, tokenizer, info)
+            model = model.to(device)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"--model {path}: cannot be loaded ({reason}); give a local folder or a hub name"
@@ -98,6 +107,22 @@ def load_policy(path, config: Config, device, trainable=True):
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     parallel.shard(model)
     return model.eval(), tokenizer  # no dropout in training either: ratios start at exactly 1
+
+
+def check_whole(path, model, tokenizer, info):
+    """UserError where weights, config and tokenizer of a model folder do not belong together."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            example = sorted(map(str, info[what]))[0]
+            raise UserError(
+                f"--model {path}: its weights do not fit its config.json ({len(info[what])} "
+                f"{what.replace('_', ' ')}, the first is {example}); copy the folder again"
+            )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"--model {path}: its tokenizer has {len(tokenizer)} tokens, its weights "
+            f"{model.get_input_embeddings().num_embeddings}; they are of two models"
+        )
 
 
 def load_reference(config: Config, device):

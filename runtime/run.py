@@ -9,24 +9,30 @@
 | distill/         | and skills.jsonl, every skill with its life                                 |
 """
 
+import errno
 import json
 import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import envs
-from config import FREE, PRESETS, UserError, other_config, read_jsonl, write_atomically
-from runtime import memory, parallel
+from config import (
+    FREE, PRESETS, UserError, other_config, read_json, read_jsonl, write_atomically,
+)  # fmt: skip
+from runtime import memory, parallel, saves
 from runtime.policy import Policy, dtype_of, load_policy, load_reference, make_optimizer
 from skills import group_deltas
 
@@ -84,6 +90,11 @@ def run_script(main):
         remedy = "lower --micro_tokens (update) or --generation_rows (rollout); --dry_run explains"
         print(f"error: out of memory ({str(error).splitlines()[0]}); {remedy}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; free some disk, then the same command goes on" if full else ""
+        print(f"error: {error}{remedy}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last save", file=sys.stderr)
         sys.exit(130)
@@ -123,6 +134,12 @@ class Run:
         self.items = list_items(config, config.split)
         self.clock = time.time()  # of the last line of the log
         self.spent = {"episodes": 0, "sampled_tokens": 0}  # by the run so far
+        self.stop = False  # SIGTERM came
+        self.saving = False
+        self.boundary = None  # the state after the last iteration, see `stop_soon`
+        self.saved_at = time.time()
+        self.saved_iteration = 0
+        self.save_seconds = None
 
     def start(self, after=None, **first) -> tuple:
         """(policy, state): where this phase was saved last, else at the end of phase `after`, or
@@ -130,18 +147,14 @@ class Run:
 
         UserError unless `after` has finished.
         """
-        before = self.root / after if after else None
-        if after and self.config.fork and not before.exists():
-            before = Path("runs") / self.config.fork / after
-        if before:
-            self.require_finished(before)
+        before = self.find_before(after) if after else None
         if parallel.rank() == 0:
             self.begin()
         parallel.wait()
         state = self.resume()
         self.resumed = state is not None
         if state:
-            self.source = self.folder
+            self.source = self.resumed_from
         elif before:
             self.source = before
             state = load_state(self.source) | {"iteration": 0, "finished": False}
@@ -153,15 +166,24 @@ class Run:
         model, tokenizer = load_policy(path, self.config, self.device)
         reference = load_reference(self.config, self.device)  # pi_ref, the same in all phases
         optimizer = make_optimizer(model, self.config, state.pop("optimizer", None))
-        return Policy(model, tokenizer, reference, optimizer), state
+        self.policy = Policy(model, tokenizer, reference, optimizer)
+        signal.signal(signal.SIGTERM, self.stop_soon)
+        return self.policy, state
 
-    def require_finished(self, folder):
-        """UserError unless the phase before, in `folder`, was saved at its end."""
-        command = f"`python {folder.name}.py --run {folder.parent.name}`"
-        if not (folder / "model").exists():
-            raise UserError(f"{folder}/model is missing: run {command} first")
+    def find_before(self, after) -> Path:
+        """The last whole save of phase `after`, of this run or of --fork. UserError unless that
+        phase has finished.
+        """
+        root = self.root
+        if self.config.fork and not list(root.glob(f"{after}*")):
+            root = Path("runs") / self.config.fork
+        folder = saves.find(root, after)
+        command = f"`python {after}.py --run {root.name}`"
+        if folder is None:
+            raise UserError(f"{root / after}/model is missing: run {command} first")
         if not load_state(folder)["finished"]:
             raise UserError(f"{folder} is not finished: {command} goes on with it")
+        return folder
 
     def begin(self):
         """Write the run's config.json where this is its first phase; a fork takes over what the
@@ -199,48 +221,79 @@ class Run:
         return rng.randrange(2**31)
 
     def save_when_due(self, policy, iteration, finished, bank=None, **state):
-        if finished or iteration % self.config.save_every == 0:
+        """Called at the end of every iteration: save when it is the turn, or SIGTERM came."""
+        minutes = (time.time() - self.saved_at) / 60
+        stop, late = parallel.gather([(self.stop, minutes >= self.config.save_minutes)])[0]
+        if finished or stop or late or iteration % self.config.save_every == 0:
             self.save(policy, bank, iteration=iteration, finished=finished, **state)
+        if stop:
+            end_by_sigterm(f"saved after iteration {iteration}")
+        policy.moved = False
+        # what a SIGTERM in the next rollout has to save; successes are never changed, only replaced
+        copies = {name: list(value) for name, value in state.items()}
+        self.boundary = {"iteration": iteration, "finished": finished} | copies
+        self.boundary_bank = deepcopy(bank)
+
+    def stop_soon(self, *_):
+        """SIGTERM: someone takes the machine away, often in 30 seconds. In a rollout the weights
+        are those of the last iteration's end: they are saved at once. In an update the iteration is
+        finished first; killed before that, the run goes on from the save before.
+        """
+        self.stop = True
+        if self.saving or self.policy.moved or parallel.world() > 1:
+            return
+        if self.boundary and self.boundary["iteration"] > self.saved_iteration:
+            self.save(self.policy, self.boundary_bank, **self.boundary)
+        end_by_sigterm("what was done is saved" if self.boundary else "no iteration was finished")
 
     def save(self, policy, bank=None, **state):
-        """Save the phase as one folder, swapped in whole: interrupted, the last good one stays."""
+        """Save the phase as one folder, swapped in whole: see runtime/saves.py.
+
+        UserError if a weight is not finite or the disk is full; the last good save stays.
+        """
+        start = time.time()
+        self.saving = True
         weights = parallel.join(policy.model.state_dict())
         moments = parallel.join(policy.optimizer.state_dict())
-        if parallel.rank() > 0:
-            return
-        part = self.root / f"{self.phase}.part"
-        old = self.root / f"{self.phase}.old"
-        shutil.rmtree(part, ignore_errors=True)
-        policy.model.save_pretrained(part / "model", state_dict=weights)
-        policy.tokenizer.save_pretrained(part / "model")
-        torch.save({"optimizer": moments, **state}, part / "state.pt")
-        write_atomically(part / "config.json", json.dumps(asdict(self.config), indent=2))
-        if bank:
-            bank.save(part / "skills.jsonl")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.folder.exists():
-            self.folder.rename(old)
-        part.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
+        if parallel.rank() == 0:
+            require_finite(weights, self.folder)
+            part = self.root / f"{self.phase}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            try:
+                policy.model.save_pretrained(part / "model", state_dict=weights)
+                policy.tokenizer.save_pretrained(part / "model")
+                torch.save({"optimizer": moments, **state}, part / "state.pt")
+                write_atomically(part / "config.json", json.dumps(asdict(self.config), indent=2))
+                if bank:
+                    bank.save(part / "skills.jsonl")
+                saves.put(part, self.folder)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                shutil.rmtree(part, ignore_errors=True)
+                raise cannot_save(self.folder, error) from None
+        self.saving = False
+        self.saved_at = time.time()
+        self.saved_iteration = state["iteration"]
+        self.save_seconds = self.saved_at - start
 
     def resume(self):
         """The saved state of this phase, or None. Drops what was logged after that save.
 
         UserError if the phase was begun with another config.
         """
-        old = self.root / f"{self.phase}.old"
-        # stopped between the two renames of `save`
-        if parallel.rank() == 0 and old.exists() and not self.folder.exists():
-            old.rename(self.folder)
+        if parallel.rank() == 0:
+            saves.find(self.root, self.phase, set_aside=True)
         parallel.wait()
+        folder = saves.find(self.root, self.phase)
         state = None
-        if self.folder.exists():
-            saved = json.loads((self.folder / "config.json").read_text())
+        if folder:
+            saved = read_json(folder / "config.json")
             for name, value in asdict(self.config).items():
                 if name not in FREE and name in saved and saved[name] != value:
-                    raise other_config(self.folder, name, saved[name], value)
-            state = load_state(self.folder)
+                    raise other_config(folder, name, saved[name], value)
+            state = load_state(folder)
             state["finished"] &= not self.is_extended(state)
+            self.saved_iteration = state["iteration"]
+        self.resumed_from = folder
         if parallel.rank() > 0:
             return state
         self.drop_lines_after(state["iteration"] if state else 0)
@@ -254,16 +307,28 @@ class Run:
         return more
 
     def drop_lines_after(self, kept):
-        """Take out of the logs what this phase did after iteration `kept`, and count the rest."""
+        """Take out of the logs what this phase did after iteration `kept`, and count the rest.
+
+        Lines that are no whole record (the disk was full, the process was killed) go too.
+        """
         for path in (self.root / "metrics.jsonl", self.root / "episodes.jsonl"):
-            text = path.read_text() if path.exists() else ""
-            whole = text[: text.rfind("\n") + 1]  # a kill may have left half of the last line
-            lines = [json.loads(x) for x in whole.splitlines()]
-            lines = [x for x in lines if x["phase"] != self.phase or x["iteration"] <= kept]
-            write_atomically(path, "".join(json.dumps(x) + "\n" for x in lines))
-            if path.name == "metrics.jsonl":
-                for name in self.spent:
-                    self.spent[name] = sum(x[name] for x in lines)
+            text = path.read_text(errors="replace") if path.exists() else ""
+            kept_lines = []
+            damaged = []  # numbers of lines
+            for number, line in enumerate(text.split("\n"), 1):
+                record = read_record(line)
+                if record is None:
+                    damaged += [number] if line else []
+                elif record["phase"] != self.phase or record["iteration"] <= kept:
+                    kept_lines.append(line)
+                    if path.name == "metrics.jsonl":
+                        for name in self.spent:
+                            self.spent[name] += record[name]
+            if damaged:
+                print(f"{path}: lines {damaged} were damaged and are dropped")
+            if not kept_lines and kept and (path.name == "metrics.jsonl" or self.config.samples):
+                print(f"{path}: what was logged up to iteration {kept} of {self.phase} is lost")
+            write_atomically(path, "".join(line + "\n" for line in kept_lines))
 
     def log(self, iteration, metrics, episodes, advantages, line):
         """One line of metrics, a few readable episodes of one group, one line on the screen."""
@@ -276,6 +341,9 @@ class Run:
             self.spent[name] += metrics[name]
             record[f"{name}_so_far"] = self.spent[name]
         record["peak_memory"] = peak_memory()
+        if self.save_seconds is not None:
+            record["save_seconds"] = round(self.save_seconds, 3)  # of the save before this line
+            self.save_seconds = None
         self.clock = now
         with open(self.root / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -287,6 +355,28 @@ class Run:
         tqdm.write(f"{self.phase} {iteration:>3}  {line}")
 
 
+def require_finite(weights, folder):
+    """UserError if a weight is NaN or infinite: it must not replace a good save."""
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise UserError(f"{name} is not finite: not saved; the last save of {folder} stays")
+
+
+def cannot_save(folder, error) -> UserError:
+    """What kept a save from being written: nearly always a full disk."""
+    reason = str(error).strip().split("\n")[0]
+    free = shutil.disk_usage(folder.parent).free / 1e9
+    return UserError(
+        f"{folder} could not be saved ({reason}; {free:.2f} GB free); the last save stays. "
+        "Free some disk, then the same command goes on"
+    )
+
+
+def end_by_sigterm(what):
+    print(f"SIGTERM: {what}; the same command goes on", file=sys.stderr, flush=True)
+    sys.exit(143)
+
+
 def peak_memory() -> int:
     """Bytes: of the GPU since the last call, else of this process since its start."""
     if torch.cuda.is_available():
@@ -294,6 +384,15 @@ def peak_memory() -> int:
         torch.cuda.reset_peak_memory_stats()
         return peak
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def read_record(line):
+    """A line of a log as a dict, or None where it is not whole."""
+    try:
+        record = json.loads(line)
+        return record if record["phase"] in PHASES and record["iteration"] > 0 else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def choose_shown(episodes, count, seed) -> list:

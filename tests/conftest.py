@@ -1,6 +1,7 @@
 """Fixtures: the shipped tiny policy, generated games, played episodes, optional real data."""
 
 import copy
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import common
 import envs
 from common import Episode, Row
 from config import PRESETS, Config
-from runtime.policy import Policy, load_policy
+from runtime.policy import Policy, load_policy, make_optimizer
 from skills import Skill
 from tiny import household
 
@@ -46,6 +47,13 @@ def config(games):
 def policy(config):
     """A fresh copy of the tiny policy and its tokenizer."""
     return Policy(*load_policy("tiny", config, "cpu"))
+
+
+@pytest.fixture
+def trainer(policy, config):
+    """The policy with an optimizer, without a reference."""
+    config.kl_coef = 0.0
+    return dataclasses.replace(policy, optimizer=make_optimizer(policy.model, config))
 
 
 def play(games, skills):

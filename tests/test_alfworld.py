@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from conftest import SHARED
 
 import envs
 from config import UserError
+from tests.faults import damaged_worlds
 from tiny import household
 from tools import compare_alfworld
 from worlds import alfworld
@@ -108,6 +110,126 @@ def change(path, out, **changes):
     return str(target)
 
 
+def test_code_in_a_grammar_runs_only_where_the_game_is_trusted(games, tmp_path):
+    """The stock package evaluates what stands in braces, in the task as in any other sentence."""
+    path = envs.list_items("alfworld", "train", games)[0]
+    grammar = json.loads(Path(path).read_text())["grammar"]
+    task = alfworld.load_game(path).task
+    ran = tmp_path / "ran"
+    code = f"{{open('{ran}','w')}}"
+    room = "You are in the middle of a room."
+    for old, new in ((task, code), (task, f"a. Your task is to: {code}"), (room, code + room)):
+        item = change(path, tmp_path, grammar=grammar.replace(old, new))
+        for engine in ("fast", "textworld"):
+            alfworld.load_game.cache_clear()
+            with pytest.raises(UserError):
+                envs.make_env("alfworld", item, engine)
+    assert not ran.exists()
+    envs.make_env("alfworld", item, "textworld-trusted").reset()
+    assert ran.exists()  # so the code above was code
+    with pytest.raises(UserError, match="--trust_games true, but that runs the code"):
+        envs.make_env("alfworld", item, "textworld")
+
+
+def test_an_engine_that_was_checked_plays_what_was_checked(games, tmp_path, monkeypatch):
+    """A file exchanged after the check would run its code: it is read once."""
+    reads = []
+    monkeypatch.setattr(
+        alfworld, "read_json", lambda p: reads.append(p) or json.loads(Path(p).read_text())
+    )
+    path = envs.list_items("alfworld", "train", games)[0]
+    assert envs.make_env("alfworld", path, "textworld").env._game_file is None
+    assert reads == [path]
+
+
+def goal_of(problem, kind):
+    """The types of the goal, in order: object and place, or lamp and object."""
+    return re.findall(rf"{kind} \?\w+ (\w+)\)", problem.split("(:goal")[1])
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_goal_of_what_is_not_in_the_room_is_refused(games, tmp_path, number):
+    """It could never be won, and the whole group would learn nothing."""
+    name, data, _ = household.make_game(list(household.ROOMS_OF)[number], random.Random(1), 7)
+    problem = data["pddl_problem"]
+    init, goal = problem.split("(:goal")
+    for old in {*goal_of(problem, "objectType"), *goal_of(problem, "receptacleType")}:
+        other = {**data, "pddl_problem": f"{init}(:goal{goal.replace(old, 'WindowType')}"}
+        with pytest.raises(UserError, match="its goal needs .* not there"):
+            alfworld.parse_game(other, f"{name}/game.tw-pddl")
+
+
+def test_a_goal_without_its_appliance_or_its_second_object_is_refused():
+    name, data, _ = household.make_game("pick_heat_then_place_in_recep", random.Random(1), 7)
+    for pattern, message in (
+        (r"\(receptacleType \w+ MicrowaveType\)", "no place to heat"),
+        (r"\(heatable \w+\)", "goal needs"),
+    ):
+        problem = re.sub(pattern, "", data["pddl_problem"])
+        assert problem != data["pddl_problem"]
+        with pytest.raises(UserError, match=message):
+            alfworld.parse_game({**data, "pddl_problem": problem}, f"{name}/game.tw-pddl")
+    name, data, _ = household.make_game("pick_two_obj_and_place", random.Random(0), 0)
+    (kind, *_) = goal_of(data["pddl_problem"], "objectType")
+    one = re.sub(rf"\(objectType \w+ {kind}\)", "", data["pddl_problem"], count=1)
+    with pytest.raises(UserError, match="goal needs"):
+        alfworld.parse_game({**data, "pddl_problem": one}, f"{name}/game.tw-pddl")
+
+
+def test_a_goal_that_is_reached_at_the_start_is_refused():
+    """Any first action would be rewarded."""
+    name, data, _ = household.make_game("pick_and_place_simple", random.Random(0), 0)
+    problem = data["pddl_problem"]
+    (kind,), (place,) = goal_of(problem, "objectType"), goal_of(problem, "receptacleType")
+    mug = re.search(rf"\(objectType (\S+) {kind}\)", problem).group(1)
+    shelf = re.search(rf"\(receptacleType (\S+) {place}\)", problem).group(1)
+    done = re.sub(rf"\(inReceptacle {mug} \S+\)", f"(inReceptacle {mug} {shelf})", problem)
+    with pytest.raises(UserError, match="reached at the start"):
+        alfworld.parse_game({**data, "pddl_problem": done}, f"{name}/game.tw-pddl")
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("(atLocation agent1", "(atLocation agent1 loc_bar_9"),  # an argument too many
+        ("(receptacleAtLocation ", "(receptacleAtLocation x"),  # an id that is not declared
+        ("(objectType ", "(objectTypes "),  # a predicate that is not known
+        ("(pickupable ", "(pickupable (pickupable "),  # brackets
+        (" - object", " - objects"),
+        ("(:init", "(:init \x1b[2J"),
+        ("(:goal", ""),
+        ("(atLocation agent1 loc_bar_0_bar_0_bar_0_bar_30)", ""),
+    ],
+)
+def test_a_damaged_problem_is_refused_when_it_is_opened(old, new):
+    """Found only in a step, it would end the rollout of all games."""
+    name, data, _ = household.make_game("pick_and_place_simple", random.Random(0), 0)
+    assert old in data["pddl_problem"]
+    problem = data["pddl_problem"].replace(old, new, 1)
+    with pytest.raises(UserError, match="damaged") as error:
+        alfworld.parse_game({**data, "pddl_problem": problem}, f"{name}/game.tw-pddl")
+    assert name in str(error.value) and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("pddl_domain", 5), ("grammar", []), ("pddl_problem", None), ("walkthrough", 5),
+     ("walkthrough", [1]), ("pddl_domain", "\ud800")],
+)  # fmt: skip
+def test_a_field_of_another_type_is_refused_when_it_is_opened(field, value):
+    name, data, _ = household.make_game("pick_and_place_simple", random.Random(0), 0)
+    with pytest.raises(UserError, match="damaged"):
+        alfworld.parse_game({**data, field: value}, f"{name}/game.tw-pddl")
+    with pytest.raises(UserError, match="damaged"):
+        alfworld.parse_game([data], f"{name}/game.tw-pddl")
+
+
+def test_damaged_games_shops_and_caches_are_refused_or_play_on():
+    outcome = damaged_worlds.run(90, seed=1)
+    assert {became for _, became in outcome} == {"refused", "playable"}, outcome
+    assert outcome["cache", "playable"] == 30
+
+
 def test_corrupt_unsolvable_and_foreign_games_are_refused_by_name(games, tmp_path):
     path = envs.list_items("alfworld", "train", games)[0]
     alfworld.load_game.cache_clear()
@@ -117,7 +239,7 @@ def test_corrupt_unsolvable_and_foreign_games_are_refused_by_name(games, tmp_pat
     foreign = domain.replace("(isClean ?o)\n", "(isHot ?o)\n", 1)
     for broken in (dict(pddl_problem="(define"), dict(grammar=None), dict(grammar="no task")):
         alfworld.load_game.cache_clear()
-        with pytest.raises(UserError, match="corrupt"):
+        with pytest.raises(UserError, match="damaged"):
             alfworld.load_game(change(path, tmp_path, **broken))
     alfworld.load_game.cache_clear()
     with pytest.raises(UserError, match="--engine textworld"):

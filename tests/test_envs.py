@@ -1,5 +1,7 @@
 """Prompts, the action in a response, the table of worlds. Each test names the bug it guards."""
 
+import time
+
 import pytest
 
 import envs
@@ -27,6 +29,14 @@ LAST_30 = "go to the desk and look at it!"
 )
 def test_parse_action(text, action, valid):
     assert parse_action(text) == (action, valid)
+
+
+@pytest.mark.parametrize("piece", ["<action>", "</action>", "<think>", " ", "<", '"', "\n", "好"])
+def test_an_action_is_parsed_in_linear_time(piece):
+    start = time.perf_counter()
+    parse_action(piece * 300_000)
+    parse_action(f"<action>{piece * 300_000}</action")
+    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize("world", envs.WORLDS)

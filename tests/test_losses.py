@@ -237,3 +237,51 @@ def test_loss_and_gradients_do_not_change_with_the_micro_batch_size(mixed_rows, 
     torch.testing.assert_close(big, small, atol=2e-6, rtol=1e-4)
     for name in whole:
         assert whole[name] == pytest.approx(parts[name], abs=1e-5), name
+
+
+# --- ablations of the objective -------------------------------------------------------------------
+
+
+def test_hand_off_gives_the_policy_loss_what_internalization_leaves(mixed_rows, policy, config):
+    pad_id = policy.tokenizer.pad_token_id
+    whole = common.backward(policy.model, mixed_rows, config, 0.25, pad_id)
+    config.hand_off = True
+    shared = common.backward(policy.model, mixed_rows, config, 0.25, pad_id)
+    assert abs(whole["policy"]) > 1e-3
+    assert shared["loss"] == pytest.approx(whole["loss"] - 0.25 * whole["policy"])
+    alone = common.backward(policy.model, mixed_rows, config, 0.0, pad_id)
+    config.hand_off = False
+    assert alone == common.backward(policy.model, mixed_rows, config, 0.0, pad_id)
+
+
+def test_kl_internalization_has_the_gradient_of_the_divergence_from_the_skill_prompt(
+    mixed_rows, paired_episodes, policy, config
+):
+    """KL(pi(. | xs_t, y_<) || pi(. | x_t, y_<)) at the gated tokens, the first one held fixed."""
+    rows = [row for row in mixed_rows if row.internalize]
+    steps = [s for e in paired_episodes for s in e.steps]
+    for row, step in zip(rows, steps):
+        row.skill_ids = step.prompt_ids
+        row.action_mask = [True] * len(row.response_ids)
+    config.internalize_loss = "kl"
+    config.temperature = 0.7
+    model = policy.model
+    model.zero_grad()
+    common.backward(model, rows, config, 0.5, policy.tokenizer.pad_token_id)
+    measured = flat_gradient(model)
+
+    model.zero_grad()
+    tokens = sum(len(row.response_ids) for row in rows)
+    loss = 0
+    for row in rows:
+        distributions = []
+        for prompt in (row.skill_ids, row.prompt_ids):
+            logits = model(torch.tensor([prompt + row.response_ids])).logits[0, :-1]
+            log_p = (logits / config.temperature).log_softmax(-1)
+            distributions.append(log_p[len(prompt) - 1 :])
+        teacher, student = distributions
+        kl = (teacher.detach().exp() * (teacher.detach() - student)).sum()
+        loss += 0.5 * min(max(row.advantage, 0), config.advantage_clip) * kl / tokens
+    loss.backward()
+    torch.testing.assert_close(measured, flat_gradient(model), atol=2e-6, rtol=1e-3)
+    assert measured.abs().max() > 1e-5

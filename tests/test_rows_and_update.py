@@ -197,13 +197,6 @@ def test_action_tokens_with_a_tokenizer_that_splits_the_tags():
 # --- update ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def trainer(policy, config):
-    """The policy with an optimizer, without a reference."""
-    config.kl_coef = 0.0
-    return dataclasses.replace(policy, optimizer=make_optimizer(policy.model, config))
-
-
 def record_gradients(trainer) -> list:
     """A list that will hold the gradient of every optimizer step, as the optimizer sees it."""
     seen = []

@@ -115,3 +115,12 @@ def test_a_value_that_no_run_could_have_is_one_line_at_the_start(flags, message,
         common.parse_config("warmup", "doc")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/x", "", ".", "..", "a/b", "a b", "tiny-games", "tiny-shop-3", "x\n"]
+)
+def test_a_run_is_named_so_that_it_stays_in_its_folder(monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", ["warmup.py", "--run", name])
+    with pytest.raises(UserError, match="--run"):
+        common.parse_config("warmup", "doc")

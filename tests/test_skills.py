@@ -1,6 +1,8 @@
 """The life of a skill, retrieval, what the bank takes in, Delta_g. Names tell the bug guarded."""
 
-from dataclasses import replace
+import json
+import time
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -8,6 +10,7 @@ import common
 from common import Episode, Step
 from config import Config, UserError
 from skills import Skill, SkillBank, group_deltas, parse_skill, plain_successes
+from tests.faults import hostile
 from worlds import alfworld
 
 
@@ -217,6 +220,25 @@ def test_bank_refuses_instances_essays_and_repetitions():
     assert [s.status for s in bank.skills] == ["candidate"] * 3
 
 
+@pytest.mark.parametrize("sign", ["\ud800", "\x1b[31m", "\0", "\n", "\t", "\x85", "\u202e"])
+def test_bank_refuses_what_ends_a_run_or_paints_the_terminal(sign):
+    """Half a character makes the tokenizer raise, in every later run from the same seed."""
+    bank = bank_of()
+    for texts in ((f"it is {sign}dark", "go"), ("it is dark", f"go{sign}"), ("dark", "go", sign)):
+        assert bank.add(*texts, *["pick"][len(texts) - 2 :]) == "unprintable"
+    assert bank.table().count("\n") == 0
+    assert bank.add("c'est la fin, 好", "é ß 한", "pick") == "added"
+
+
+def test_bank_refuses_a_word_of_thousands_of_letters_but_no_prose():
+    bank = bank_of()
+    assert bank.add("it is dark", "a" * 5000, "pick") == "characters"
+    long_words = "carefully examine containers " * 25  # 75 words of nine letters: no prose
+    assert bank.add("it is dark", long_words, "pick") == "characters"
+    prose = "take the hot object to the receptacle that the task names " * 7  # 77 words
+    assert bank.add("it is dark", prose.strip(), "pick") == "added"
+
+
 def test_a_full_bucket_retires_its_least_valued_skill():
     bank = bank_of(*(Skill("c", str(i), "pick", utility=i) for i in range(SkillBank.PER_BUCKET)))
     assert bank.add("a condition", "a strategy unlike the others", "pick") == "added"
@@ -244,7 +266,21 @@ def test_a_summary_that_is_no_skill_is_none_and_never_crashes(text):
 def test_a_summary_is_parsed():
     text = '{"condition": "When it is hot", "strategy": "cool it."}'
     assert parse_skill(text) == ("it is hot", "cool it")
-    assert parse_skill('```json\n{"condition": "c", "strategy": "s"}\n```') == ("c", "s")
+    for opening in ("```json\n", "```\n", "```json", "```"):
+        assert parse_skill(opening + '{"condition": "c", "strategy": "s"}\n```') == ("c", "s")
+
+
+def test_a_summary_is_parsed_in_linear_time():
+    """Blanks before a fence cost their number squared: two seconds at 32,000."""
+    start = time.perf_counter()
+    assert parse_skill("{" + " " * 300_000 + "x") is None
+    assert time.perf_counter() - start < 1
+
+
+def test_hostile_strings_raise_nothing_and_take_no_second():
+    result = hostile.run(300, seed=1, longest=10_000)
+    assert result["strings"] > 400 and not result["crashes"]
+    assert result["slowest"][0] < hostile.SLOW, result["slowest"]
 
 
 def test_bank_survives_its_file(config, tmp_path):
@@ -256,6 +292,57 @@ def test_bank_survives_its_file(config, tmp_path):
     assert vars(loaded.skills[0]) == vars(bank.skills[0])
     with pytest.raises(UserError, match="mine.py"):
         SkillBank.load(tmp_path / "nowhere", config)
+
+
+BROKEN_LINES = {
+    "no JSON": "{",
+    "no object": "[1]",
+    "a missing field": {"strategy": None},
+    "an unknown field": {"x": 1},
+    "a text that is a number": {"condition": 5},
+    "an empty text": {"strategy": " "},
+    "a control character": {"condition": "it is \x1b[31m"},
+    "half a character": {"bucket": "\ud800"},
+    "a number that is a text": {"utility": "x"},
+    "not a number": {"utility": float("nan")},
+    "an endless number": {"utility": 10**400},
+    "a truth value": {"n": True},
+    "a negative count": {"n": -1},
+    "no list": {"deltas": 5},
+    "a list of texts": {"deltas": ["x"]},
+    "an unknown status": {"status": "lost"},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_LINES)
+@pytest.mark.parametrize("given", [False, True])
+def test_a_broken_line_of_a_skill_file_is_named_by_file_and_number(name, given, tmp_path):
+    """A hand-written or damaged file ended in a traceback, or later in the table."""
+    whole = asdict(Skill("c", "s", "pick"))
+    line = BROKEN_LINES[name]
+    if isinstance(line, dict):
+        line = json.dumps({k: v for k, v in (whole | line).items() if v is not None})
+    path = tmp_path / "skills.jsonl"
+    path.write_text(json.dumps(whole) + "\n\n" + line + "\n")
+    with pytest.raises(UserError, match="skills.jsonl, line 3: no skill") as error:
+        if given:
+            SkillBank.given(Config(given_skills=str(path)))
+        else:
+            SkillBank.load(tmp_path, Config())
+    assert str(error.value).isprintable()
+
+
+def test_a_given_skill_needs_three_fields_and_a_saved_one_all(tmp_path):
+    path = tmp_path / "skills.jsonl"
+    path.write_text('{"condition": "c", "strategy": "s", "bucket": "pick"}\n')
+    assert len(SkillBank.given(Config(given_skills=str(path))).skills) == 1
+    with pytest.raises(UserError, match="missing fields .*'utility'"):
+        SkillBank.load(tmp_path, Config())
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not readable as text"):
+        SkillBank.load(tmp_path, Config())
+    with pytest.raises(UserError, match="no such file"):
+        SkillBank.given(Config(given_skills=str(tmp_path / "nothing")))
 
 
 def test_counts_and_the_table_tell_the_statuses_apart():

@@ -3,7 +3,9 @@
 import json
 import lzma
 import math
+import os
 import tarfile
+import time
 
 import pytest
 from conftest import SHARED
@@ -242,12 +244,128 @@ def test_prompt_quotes_the_page_and_falls_back_without_history(shop):
         assert "Observation 1" not in long and "Steps taken so far: 1" in long
 
 
+@pytest.mark.parametrize("piece", ["_", "y", "a'", "1,", "[", "]", " ", "❤️", "\ud800", "shirt "])
+def test_a_step_is_linear_in_the_length_of_the_action(shop, piece):
+    """Underscores cost their number squared: eleven seconds at 16,000."""
+    start = time.perf_counter()
+    for action in (f"search[{piece * 50_000}]", piece * 50_000, f"click[{piece * 50_000}]"):
+        shop.step(action)
+    assert time.perf_counter() - start < 2
+
+
+def test_a_token_of_more_than_255_characters_is_cut_as_in_lucene():
+    assert [len(term) for term in webshop.analyze("x" * 600)] == [255, 255, 90]
+
+
+def test_half_a_character_in_a_search_is_answered(shop):
+    for action in ("search[<r> \ud800]", "search[\ud800]", "search[<c> \ud800]"):
+        assert "Total results" in shop.step(action)[0].text
+
+
+WRONG = {  # what one product, or what the other file says of it, may not be
+    "no object": 5,
+    "a title that is a number": {"name": 5},
+    "half a character": {"full_description": "\ud800"},
+    "an id that no click finds": {"asin": "b0a"},
+    "two decimal points": {"pricing": "$1.2.3"},
+    "a price without end": {"pricing": "$" + "9" * 400},
+    "options that are a list": {"customization_options": [1]},
+    "a value without its name": {"customization_options": {"color": [{"x": 1}]}},
+    "an escape sequence": {"category": "\x1b[31m"},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_damaged_product_is_named_when_the_shop_is_opened(name, tmp_path, monkeypatch):
+    """Found only when a page shows it, it would end the rollout of all sessions."""
+    monkeypatch.setattr(webshop, "CACHE", tmp_path / "cache")
+    wrong = WRONG[name]
+    if isinstance(wrong, dict):
+        wrong = PRODUCTS[2] | wrong
+    folder = write_catalogue(tmp_path, [*PRODUCTS[:2], wrong])
+    with pytest.raises(UserError, match="items_shuffle_9.json: product 3 is not") as error:
+        envs.list_items("webshop", "train", folder)
+    assert str(error.value).isprintable() and not list(webshop.CACHE.iterdir())
+
+
+@pytest.mark.parametrize("said", [5, {"attributes": None}, {"instruction": 0},
+                                  {"instruction_attributes": [5]}, {"attributes": "soft"}])  # fmt: skip
+def test_damaged_attributes_are_named_when_the_shop_is_opened(said, tmp_path, monkeypatch):
+    monkeypatch.setattr(webshop, "CACHE", tmp_path / "cache")
+    folder = write_catalogue(tmp_path)
+    (tmp_path / "items_ins_v2_9.json").write_text(json.dumps({"B000000001": said}))
+    with pytest.raises(UserError, match="product 1 is not in the original's format"):
+        envs.list_items("webshop", "train", folder)
+    for wrong in ("[]", '{"a": 1, {"b": 2}: 3}', '{"a": \xff}', "", '{"a": ' + "[" * 10_000):
+        (tmp_path / "items_ins_v2_9.json").write_bytes(wrong.encode("latin-1"))
+        with pytest.raises(UserError, match="items_ins_v2_9.json: "):
+            envs.list_items("webshop", "train", folder)
+
+
+def test_a_catalogue_without_a_product_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(webshop, "CACHE", tmp_path / "cache")
+    for products in ([], [{"asin": "B000000005"}]):
+        with pytest.raises(UserError, match="no product with a word"):
+            envs.list_items("webshop", "train", write_catalogue(tmp_path, products))
+
+
+@pytest.mark.parametrize("item", ["B000000001/4", "B000000001/human-1", "B000000001/x",
+                                  "B000000004/0", "B000000001/-1", "B000000001/human-", "x/0"])  # fmt: skip
+def test_a_goal_that_is_not_there_is_one_clear_error(folder, item):
+    with pytest.raises(UserError, match="list goals again"):
+        envs.make_env("webshop", f"{folder}/{item}")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "removed", "emptied"])
+def test_a_damaged_cache_is_built_anew(folder, damage):
+    """It was opened as it was: wrong prices, or an error in the middle of a rollout."""
+    first = webshop.load_catalogue(folder)
+    (cache,) = webshop.CACHE.iterdir()
+    for path in sorted(cache.iterdir()):
+        whole = path.read_bytes()
+        flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+        path.unlink()
+        if damage != "removed":
+            changed = {"cut": whole[:-1], "flipped": flipped, "emptied": b""}
+            path.write_bytes(changed[damage])
+        webshop.load_catalogue.cache_clear()
+        again = webshop.load_catalogue(folder)
+        assert path.read_bytes() == whole and again.prices == first.prices
+
+
+def test_unfinished_caches_of_killed_processes_are_removed_and_young_ones_left(folder):
+    """133 of them were found; a young one may be another process at work."""
+    parts = [webshop.CACHE / f"{name}.part" for name in ("old", "young")]
+    for part in parts:
+        part.mkdir(parents=True)
+        (part / "products.jsonl").write_text("x")
+    then = time.time() - webshop.STALE - 9
+    os.utime(parts[0], (then, then))
+    webshop.load_catalogue(folder)
+    assert [part.exists() for part in parts] == [False, True]
+
+
+def test_two_processes_may_build_the_same_cache(tmp_path, folder, monkeypatch):
+    """The slower one found its folder removed by the faster."""
+    whole = webshop.write_cache
+
+    def write_and_be_late(source, part):
+        whole(source, part)
+        monkeypatch.setattr(webshop, "write_cache", whole)
+        webshop.build_cache(source, tmp_path / "theirs" / "cache")
+
+    monkeypatch.setattr(webshop, "write_cache", write_and_be_late)
+    webshop.build_cache(folder, tmp_path / "theirs" / "cache")
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["cache"]
+    assert webshop.is_intact(tmp_path / "theirs" / "cache")
+
+
 def test_broken_data_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(webshop, "CACHE", tmp_path / "cache")
     monkeypatch.delenv("WEBSHOP_DATA", raising=False)
     with pytest.raises(UserError, match="WEBSHOP_DATA"):
         envs.list_items("webshop", "train")
-    with pytest.raises(UserError, match="no items_shuffle"):
+    with pytest.raises(UserError, match="no readable items_shuffle"):
         envs.list_items("webshop", "train", str(tmp_path))
     folder = write_catalogue(tmp_path)
     whole = (tmp_path / "items_shuffle_9.json").read_text()
@@ -255,7 +373,7 @@ def test_broken_data_is_one_clear_error(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="ends in the middle"):
         envs.list_items("webshop", "train", folder)
     (tmp_path / "items_shuffle_9.json").write_text("hello")
-    with pytest.raises(UserError, match="neither a JSON array"):
+    with pytest.raises(UserError, match="not a JSON array"):
         envs.list_items("webshop", "train", folder)
     (tmp_path / "items_shuffle_9.json").write_text(whole)
     with pytest.raises(UserError, match="choose train or test"):
@@ -269,9 +387,9 @@ def test_broken_data_is_one_clear_error(tmp_path, monkeypatch):
 def test_reading_in_small_blocks_gives_the_same_products(tmp_path):
     folder = tmp_path / "items_shuffle_9.json"
     folder.write_text(json.dumps(PRODUCTS, indent=1))
-    assert list(webshop.stream_json(folder, block=7)) == PRODUCTS
+    assert list(webshop.stream_json(folder, "[", block=7)) == PRODUCTS
     folder.write_text(json.dumps(INSTRUCTIONS))
-    assert dict(webshop.stream_json(folder, block=5)) == INSTRUCTIONS
+    assert dict(webshop.stream_json(folder, "{", block=5)) == INSTRUCTIONS
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not here")

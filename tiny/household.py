@@ -8,16 +8,19 @@ model would know: to act from the plain prompt, imperfectly (it knows the moves,
 to clean, heat or cool, or takes the wrong appliance for it, and forgets the second object or the
 lamp); to act on a skill written in the prompt, right or wrong; and to summarize an episode it is
 shown as a condition and a strategy. What it does not know, the three phases find out.
-`tiny/imitate.py` makes a policy of them.
+`tiny/imitate.py` makes a policy of them. The games of the lessons are small ones made for them, or
+the training games of a data folder, such as the real ones.
 """
 
+import itertools
 import json
 import random
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import envs
-from config import PRESETS
+from config import PRESETS, Config
 from worlds import alfworld
 
 # as $ALFWORLD_DATA: json_2.1.1/<split>/<task>/<trial>/game.tw-pddl
@@ -369,16 +372,21 @@ class Demonstrator:
     """Chooses its moves from what can be seen, by a plan as `habits` or `follow` makes it.
 
     It searches the receptacles in the listed order, a ring, from a random one, and sometimes does
-    not open a closed one.
+    not open a closed one. So the next one follows from where it stands: a prompt says little more.
+
+    usual   {thing: the kinds of receptacles to search for it}; all, for a thing that is not there
     """
 
-    def __init__(self, goal, plan, ring, rng):
+    def __init__(self, goal, plan, ring, rng, usual):
         self.kind, self.target, self.place = (word.removesuffix("type") for word in goal)
         self.plan = plan
         self.ring = ring
         self.rng = rng
+        self.usual = usual
         self.at = rng.randrange(len(ring))  # place in the ring
         self.here = None  # the receptacle it went to last
+        kinds = {kind_of(r) for r in ring}
+        self.appliance = plan["appliance"] if plan["appliance"] in kinds else None
         search = plan["search"]
         self.first = [r for r in ring if search and kind_of(r) == search]  # before the ring
         self.opened = set()  # or left closed
@@ -396,7 +404,7 @@ class Demonstrator:
             action = self.search(obs)
         elif self.kind == "look":
             action = self.use_lamp(obs, held)
-        elif self.plan["appliance"] and not self.treated:
+        elif self.appliance and not self.treated:
             action = self.treat(obs)
         else:
             action = self.put_away(obs, held)
@@ -419,79 +427,91 @@ class Demonstrator:
         offers = [a for a in offers if a.split(" from ")[0] not in self.placed]
         if offers:
             return offers[0]
-        if self.can_open(obs) and self.here not in self.opened:
-            self.opened.add(self.here)
-            if self.rng.random() < 0.9:
-                return f"open {self.here}"
-        if self.first:
-            return f"go to {self.first.pop(0)}"
-        return self.go_on()
+        for action in obs.admissible:
+            closed = action.removeprefix("open ")
+            if closed == action or closed in self.opened:
+                continue
+            if self.may_hold(closed, self.target):
+                self.opened.add(closed)
+                if self.rng.random() < 0.9:
+                    return action
+        while self.first:
+            following = self.first.pop(0)
+            if following == self.here:
+                return "look"
+            if f"go to {following}" in obs.admissible:  # else that is within reach, and was seen
+                return f"go to {following}"
+        return self.go_on(obs, self.target)
 
     def use_lamp(self, obs, held) -> str:
         if not self.plan["complete"]:
             self.done = True
             return f"examine {held}"
-        lamps = [a for a in obs.admissible if a.startswith("use ")]
-        return lamps[0] if lamps else self.go_on()
+        lamps = [a for a in obs.admissible if a.startswith(f"use {self.place} ")]
+        return lamps[0] if lamps else self.go_on(obs, self.place)
 
     def treat(self, obs) -> str:
         """Clean, heat or cool what is in hand, with the appliance of the plan."""
-        appliance = self.plan["appliance"]
-        offers = [a for a in obs.admissible if a.startswith(VERB_AT[appliance] + " ")]
+        verb = VERB_AT[self.appliance]
+        offers = [a for a in obs.admissible if a.startswith(f"{verb} ")]
         if offers:
             self.treated = True
             return offers[0]
-        if self.is_at(appliance):  # this object cannot be treated here
+        if self.within_reach(self.appliance, obs):  # this object cannot be treated here
             self.treated = True
             return self.travel(self.place)
-        return self.travel(appliance)
+        return self.travel(self.appliance)
 
     def put_away(self, obs, held) -> str:
-        if not self.is_at(self.place):
+        goal = self.within_reach(self.place, obs)
+        if not goal:
             return self.travel(self.place)
-        moves = [a for a in obs.admissible if a.startswith("move ")]
-        if moves:
+        if f"move {held} to {goal}" in obs.admissible:
             self.placed.add(f"take {held}")
             one_more = self.kind == "pick2" and self.plan["complete"] and len(self.placed) < 2
             self.done = not one_more
             self.treated = False
-            return moves[0]
-        return f"open {self.here}" if self.can_open(obs) else self.travel(self.place)
+            return f"move {held} to {goal}"
+        return f"open {goal}"
 
-    def is_at(self, kind) -> bool:
-        return self.here is not None and kind_of(self.here) == kind
-
-    def can_open(self, obs) -> bool:
-        return self.here is not None and f"open {self.here}" in obs.admissible
+    def within_reach(self, kind, obs):
+        """The receptacle of a kind where it stands, or None; several may share a place."""
+        here = [r for r in self.ring if kind_of(r) == kind and f"go to {r}" not in obs.admissible]
+        return self.here if self.here in here else next(iter(here), None)
 
     def travel(self, kind) -> str:
         """Towards the first receptacle of a kind."""
         goals = sorted(r for r in self.ring if kind_of(r) == kind)
         return f"go to {goals[0]}" if goals else "look"
 
-    def go_on(self) -> str:
-        """To the next receptacle of the ring that is not this one."""
-        self.at = (self.at + 1) % len(self.ring)
-        following = self.ring[self.at]
-        if following == self.here:
-            following = self.ring[(self.at + 1) % len(self.ring)]
-        return f"go to {following}"
+    def go_on(self, obs, thing) -> str:
+        """To the next receptacle of the ring that may hold the thing and is not where it stands."""
+        following = self.ring[self.at + 1 :] + self.ring[: self.at + 1]
+        elsewhere = [r for r in following if f"go to {r}" in obs.admissible]
+        likely = [r for r in elsewhere if self.may_hold(r, thing)]
+        return f"go to {(likely or elsewhere)[0]}"
+
+    def may_hold(self, receptacle, thing) -> bool:
+        kind = kind_of(receptacle)
+        if kind == self.plan["search"] or thing not in self.usual:
+            return True
+        return kind in self.usual[thing]
 
 
-def demonstrate(env, plan, rng, max_steps=20):
+def demonstrate(env, plan, rng, max_steps=20, usual=(), slips=0.06):
     """Play one episode by `plan` -> ([(observation, thought, action, slip)], solved).
 
     Slips are random or wrong moves, to show how to go on after one. An episode the demonstrator
-    believes to be finished goes on with a few idle looks.
+    believes to be finished goes on with a few idle looks. `usual` as in Demonstrator.
     """
     obs = env.reset()
     ring = [a.removeprefix("go to ") for a in obs.admissible if a.startswith("go to ")]
-    actor = Demonstrator(env.game.goal, plan, ring, rng)
+    actor = Demonstrator(env.game.goal, plan, ring, rng, usual)
     steps = []
     won = False
     while not won and len(steps) < max_steps and actor.idle < 2:
         held = env.game.name[env.held] if env.held else None
-        slip = rng.random() < 0.06
+        slip = rng.random() < slips
         action = actor.slip(obs) if slip else actor.choose(obs, held)
         steps.append((obs, thought(obs, actor.target, held), action, slip))
         if action.startswith("go to ") and action in obs.admissible:
@@ -527,24 +547,59 @@ def advise(kind, receptacles, knows, rng) -> tuple:
     return rng.choice(CONDITIONS[kind]), strategy
 
 
-def lessons(count, seed, knows=0.0) -> list:
+def lessons(count, seed, knows=0.0, data=None) -> list:
     """`count` (prompt, response) pairs: plain steps, steps under skills, and summaries.
 
     knows   how often the demonstrator knows the right appliance
+    data    a data folder, whose training games to show; None: small games made for the lessons
     """
     rng = random.Random(f"{seed} lessons")
-    types = list(ROOMS_OF)
+    games = training_games(data, rng) if data else made_games(rng)
+    how = {}
+    if data:
+        seen = itertools.islice(training_games(data, random.Random(0)), 600)
+        how = {"max_steps": Config().max_steps, "usual": usual_places(seen)}
     pairs = []
-    number = 500_000  # of a game; above those that `write_games` gives
     while len(pairs) < count:
-        folder, data, _ = make_game(types[number % len(types)], rng, number)
-        pairs += lesson(alfworld.parse_game(data, f"{folder}/game.tw-pddl"), knows, rng)
-        number += 1
+        pairs += lesson(next(games), knows, rng, **how)
     return pairs[:count]
 
 
-def lesson(game, knows, rng) -> list:
-    """Two episodes of one game, plain and with skills, each maybe with its summary."""
+def made_games(rng):
+    """Small games without end, the task types in turns."""
+    types = list(ROOMS_OF)
+    for number in itertools.count(500_000):  # above those that `write_games` gives
+        folder, data, _ = make_game(types[number % len(types)], rng, number)
+        yield alfworld.parse_game(data, f"{folder}/game.tw-pddl")
+
+
+def training_games(data, rng):
+    """The games of a data folder's train split without end, shuffled, the task types in turns."""
+    items = defaultdict(list)
+    for item in envs.list_items("alfworld", "train", data):
+        items[alfworld.task_type_of(item)].append(item)
+    for chosen in items.values():
+        rng.shuffle(chosen)
+    for turn in itertools.count():
+        for chosen in items.values():
+            yield alfworld.load_game(chosen[turn % len(chosen)])
+
+
+def usual_places(games) -> dict:
+    """{thing: the kinds of receptacles that hold one in these games}."""
+    places = defaultdict(set)
+    for game in games:
+        for r, things in game.inside.items():
+            for thing in things:
+                places[kind_of(game.name[thing])].add(kind_of(game.name[r]))
+    return dict(places)
+
+
+def lesson(game, knows, rng, **how) -> list:
+    """Two episodes of one game, plain and with skills, each maybe with its summary.
+
+    how   for `demonstrate`
+    """
     kind = game.goal[0]
     receptacles = sorted({kind_of(game.name[r]) for r in game.rtype})
     pairs = []
@@ -555,7 +610,7 @@ def lesson(game, knows, rng) -> list:
             some = rng.choice([1, 1, 2])
             skills = [advise(kind, receptacles, knows, rng) for _ in range(some)]
             plan = follow([strategy for _, strategy in skills], plan, receptacles)
-        steps, _ = demonstrate(alfworld.AlfWorld(game), plan, rng)
+        steps, _ = demonstrate(alfworld.AlfWorld(game), plan, rng, **how)
         history = []
         for obs, words, action, slip in steps:
             searching = "not here" in words and action.startswith(("go to", "open"))

@@ -3,6 +3,7 @@
     python -m tiny.imitate --seed 0 --out base                     # how the shipped policy was made
     python -m tiny.imitate --start base --seed 1 --count 20000 --knows 0.4 --lr 0.01 --out next
     python -m tiny.imitate --start next --seed 2 --count 6000 --knows 0.3 --lr 0.005 --out policy
+    python -m tiny.imitate --data DIR --out real    # on the training games of a data folder instead
 
 A fresh machine has no pretrained model, so a Qwen2-architecture policy of 0.7M parameters plays the
 part of the instruct model (lessons: tiny/household.py, tiny/shop.py). It is a stand-in: it shows
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import envs
+from config import UserError
 from tiny import household, shop
 
 CHAT_TEMPLATE = (
@@ -27,31 +29,43 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+SENTENCES = [  # of the prompts of `envs.py`, beside a world's ROLE
+    "Your task is to:",
+    "The latest observations and your actions:",
+    envs.INSTRUCTION,
+]
 
-def train_tokenizer(texts, world="alfworld"):
+
+def train_tokenizer(texts, world="alfworld", short=False):
     """A byte-level BPE over words, numbers and punctuation; any text round-trips exactly.
 
     A space goes with the word behind it, in the shop with the word before it: there an option has
     to be the same token in the task (`color: red,`), on the page (`'red'`) and in `click[red]`.
+
+    short   fewer tokens for the long prompts of real games: one for the fixed sentences, and one
+            for what stands between two receptacles in the list of actions
     """
     tokenizer = Tokenizer(models.BPE())
     chunks = r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9]+?(?= ?[A-Za-z0-9]|$)"
     if world == "webshop":
         chunks = r"[A-Za-z]+ ?|[0-9]+ ?|[^A-Za-z0-9]+?(?=[A-Za-z0-9]|$)"
+    if short:
+        chunks = r"'\n'go to|" + chunks
     split = pre_tokenizers.Split(Regex(chunks), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=896,
+        vocab_size=1024 if short else 896,  # real rooms have more kinds of things
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tags = ["<think>", "</think>", "<action>", "</action>"]
-    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
+    whole = tags + [envs.world(world).ROLE, *SENTENCES] if short else tags
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
@@ -124,6 +138,7 @@ def train_policy(
     count=60_000,
     knows=None,
     difficulties=None,
+    data=None,
     start=None,
     lr=2e-2,
     hidden=128,
@@ -134,19 +149,23 @@ def train_policy(
 
     knows          how much the demonstrator knows; None: what the shipped policies began with
     difficulties   of the shop's lessons; None: the demo's
+    data           a data folder of ALFWorld: the lessons show its training games
     start          a policy to go on from, with its tokenizer
     -> held-out loss in nats a token
     """
     torch.manual_seed(seed)
+    if data and world == "webshop":
+        raise UserError("--data: for ALFWorld's games; leave it out, or --world webshop")
     teacher = shop if world == "webshop" else household
-    chosen = {"knows": knows, "difficulties": difficulties}
+    chosen = {"knows": knows, "difficulties": difficulties, "data": data}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     pairs = teacher.lessons(count, seed, **chosen)
     if start:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
         model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32)
     else:
-        tokenizer = train_tokenizer([prompt + answer for prompt, answer in pairs[:20_000]], world)
+        texts = [prompt + answer for prompt, answer in pairs[:20_000]]
+        tokenizer = train_tokenizer(texts, world, short=bool(data))
         model = new_model(tokenizer, hidden, layers)
     prompts = encode(tokenizer, [as_chat(tokenizer, prompt) for prompt, _ in pairs])
     answers = encode(tokenizer, [answer for _, answer in pairs])
@@ -208,11 +227,15 @@ def main():
     parser.add_argument(
         "--difficulties", type=int, nargs="+", help="shop: options of a product, in turns; 1 to 5"
     )
+    parser.add_argument("--data", help="folder with json_2.1.1, to learn from its training games")
     parser.add_argument("--start", type=Path, default=None, help="policy to go on from")
     parser.add_argument("--lr", type=float, default=2e-2)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=128)
-    train_policy(**vars(parser.parse_args()))
+    try:
+        train_policy(**vars(parser.parse_args()))
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ reward and end: `python -m tools.compare_alfworld` certifies that on your data.
 `engine="textworld"` plays the stock package instead.
 
 Differences from stock, on purpose: the `-= Welcome to TextWorld =-` header is cut and `help` is not
-listed (it still works), as the agent code behind the published numbers does. Nothing in a
-downloaded file is ever evaluated.
+listed (it still works), as the agent code behind the published numbers does.
+
+A file is read completely before it is played, and refused where it is damaged. Nothing in it is
+ever evaluated by this engine. The stock package does evaluate the expressions in a game's grammar,
+so it is given known grammars only, unless the caller trusts the file ("textworld-trusted").
 """
 
 import hashlib
@@ -52,34 +55,46 @@ TASK_TYPES = {  # folder prefix -> the short name used in tables and as the buck
 # --------------------------------------------------------------------------------------------------
 
 # The engine below is the meaning of one PDDL domain and one text grammar. A file with any other is
-# refused, because we would play it wrongly. These are digests without comments, blanks and the task
-# line: the games of json_2.1.1, and the texts in the alfworld 0.4 package, which tiny/household.py
-# uses.
+# refused, because we would play it wrongly, and the stock package would run what it contains. These
+# are digests without PDDL comments, blanks and the task: first of the games of json_2.1.1 (all
+# 3,693 have the same), then of the texts in the alfworld 0.4 package, which tiny/household.py uses.
 KNOWN_DOMAINS = {  # digest -> the receptacle types that clean, the only difference between the two
-    "19173ff725ce": {"sinktype", "sinkbasintype"},
-    "6cbbf3d0d19b": {"sinkbasintype"},
+    "19173ff725cec7a19423ce0f88d59f3a": {"sinktype", "sinkbasintype"},
+    "6cbbf3d0d19be02716db87fd6ef0fe64": {"sinkbasintype"},
 }
-KNOWN_GRAMMARS = {"a1b429d0132e", "d1588fc1bc28"}
+KNOWN_GRAMMARS = {"2c8a548cb7aadbae284e060072ec979a", "fca35e80ccc38a92d510a900d93af529"}
 KNOWN_GOALS = {  # digest of the goal's shape -> the kind of goal
-    "0ddbc16e60b2": "pick",
-    "406f49a22ea0": "look",
-    "df2001ea2dfd": "clean",
-    "94080f83b36a": "heat",
-    "d5037b14422d": "cool",
-    "2d91e4db65b9": "pick2",
+    "b378720431add8353960afc1cea9b366": "pick",
+    "67bf8fb8dfb58e8b6762f09b3df7c1ac": "look",
+    "6e805ac5e90438f6a9a0bbe046a03326": "clean",
+    "6753937fc906afb79875e439da5154a6": "heat",
+    "bfe80e790f1f807cb451f5f8f348c52b": "cool",
+    "5f710eed17999b86718838d3483129ff": "pick2",
 }
-TRAITS = (  # predicates of one id that the engine reads
-    "pickupable openable opened cleanable heatable coolable toggleable sliceable "
-    "isClean isHot isCool isToggled isSliced isReceptacleObject"
+TASK = re.compile(r"Your task is to: ([\w ,.'-]+?)\.?\"")  # in a grammar: plain words, no code
+PROBLEM = re.compile(r"[\w\s()?:=-]*", re.ASCII)  # every character of a PDDL problem
+FACT = re.compile(r"\((\w+) ([\w ]+)\)", re.ASCII)
+TRAITS = (  # predicates of one object that the engine reads
+    "pickupable cleanable heatable coolable toggleable sliceable isClean isHot isCool isToggled "
+    "isSliced isReceptacleObject"
 ).split()
+FACTS = {  # predicate of a start state -> the kinds of its arguments
+    "atLocation": ("agent", "location"),
+    "receptacleAtLocation": ("receptacle", "location"),
+    "receptacleType": ("receptacle", "rtype"),
+    "objectType": ("object", "otype"),
+    "canContain": ("rtype", "otype"),
+    "inReceptacle": ("object", "receptacle"),
+    "inReceptacleObject": ("object", "object"),
+    "objectAtLocation": ("object", "location"),
+    "openable": ("receptacle",),
+    "opened": ("receptacle",),
+} | {trait: ("object",) for trait in TRAITS}
 
 
 def digest(text: str) -> str:
-    """Twelve hex digits of a text, blind to PDDL comments, white space and the task line."""
-    if text.lstrip().startswith((";", "(")):  # PDDL, where a semicolon begins a comment
-        text = re.sub(r"(?m);.*$", "", text)
-    text = re.sub(r"Your task is to: [^\"]*", "", text)
-    return hashlib.sha256("".join(text.split()).encode()).hexdigest()[:12]
+    """32 hex digits of a text, blind to white space."""
+    return hashlib.sha256("".join(text.split()).encode()).hexdigest()[:32]
 
 
 @dataclass
@@ -108,48 +123,58 @@ class Game:
 
 @lru_cache(maxsize=1024)
 def load_game(path: str) -> Game:
-    """Read one `game.tw-pddl`. UserError for a corrupt, unsolvable or unknown kind of game."""
+    """Read one `game.tw-pddl`. UserError for a damaged, unsolvable or unknown kind of game."""
     return parse_game(read_json(path), path)
 
 
 def parse_game(data: dict, path: str) -> Game:
     """The content of a `game.tw-pddl` -> Game. The folder in `path` gives the task type.
 
-    UserError as from `load_game`.
+    UserError as from `load_game`; a game that is returned can be played to its end.
     """
-    try:
-        domain = data["pddl_domain"]
-        grammar = data["grammar"]
-        problem = data["pddl_problem"]
-        task = re.search(r"Your task is to: ([^\"]*?)\.?\"", grammar).group(1)
-        init, goal_text = re.split(r"\(:goal", problem.split("(:init")[1])
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError):
-        remedy = "delete it or download the data again"
-        raise UserError(f"{path}: corrupt game file; {remedy}") from None
+    if not isinstance(data, dict):
+        raise damaged(path, "no JSON object")
+    texts = [data.get(name) for name in ("pddl_domain", "grammar", "pddl_problem")]
+    domain, grammar, problem = texts
+    walkthrough = data.get("walkthrough", [])
+    if not isinstance(walkthrough, list):
+        raise damaged(path, "its walkthrough is no list")
+    if not all(isinstance(text, str) and text.isascii() for text in texts + walkthrough):
+        raise damaged(path, "pddl_domain, grammar, pddl_problem or walkthrough is no plain text")
     if not data.get("solvable", True):
         raise UserError(f"{path}: marked unsolvable; remove it from the split")
     task_type = task_type_of(path)
     if task_type == "unknown":
         names = list(TASK_TYPES)
         raise UserError(f"{path}: its folder must be <task type>-.../<trial>/ with one of {names}")
-    goal_shape = re.sub(r"\b\w+Type\)", "T)", "(" + goal_text)
-    kind = KNOWN_GOALS.get(digest(goal_shape))
-    cleaners = KNOWN_DOMAINS.get(digest(domain))
-    if kind is None or cleaners is None or digest(grammar) not in KNOWN_GRAMMARS:
-        unknown = "a domain, grammar or goal unknown to the fast engine"
-        raise UserError(f"{path}: {unknown}; use --engine textworld")
+    task = TASK.search(grammar)
+    if task is None or grammar.count("Your task is to:") > 1:
+        raise damaged(path, "not one task of plain words in its grammar")
+    task = task.group(1)
+    head, _, init = problem.partition("(:init")
+    init, _, goal_text = init.partition("(:goal")
+    if not goal_text or not PROBLEM.fullmatch(problem):
+        raise damaged(path, "its problem has no start, no goal, or a character that is not PDDL")
+    kind = KNOWN_GOALS.get(digest(re.sub(r"\b\w+Type\)", "T)", goal_text)))
+    cleaners = KNOWN_DOMAINS.get(digest(re.sub(r"(?m);.*$", "", domain)))
+    known_grammar = digest(grammar.replace(task, "", 1)) in KNOWN_GRAMMARS
+    if kind is None or cleaners is None or not known_grammar:
+        raise UserError(
+            f"{path}: a domain, grammar or goal that is not ALFWorld's own; download it again. The "
+            "stock package plays it with --engine textworld --trust_games true, but that runs the "
+            "code in its grammar"
+        )
 
-    facts = defaultdict(set)  # predicate -> its tuples of ids
-    for predicate, args in re.findall(r"\((\w+) ([^()]+)\)", init):
-        facts[predicate].add(tuple(args.lower().split()))
+    facts = read_facts(head, init, path)
     starts = {loc for _, loc in facts["atLocation"]}
     if len(starts) != 1:
-        remedy = "delete it or download it again"
-        raise UserError(f"{path}: corrupt game file, the agent is nowhere; {remedy}")
+        raise damaged(path, "the agent is nowhere, or in two places")
     (start,) = starts
     located = sorted(facts["receptacleAtLocation"])
     targets = [name.lower() for name in re.findall(r"objectType \?\w+ (\w+)", goal_text)]
     places = [name.lower() for name in re.findall(r"receptacleType \?\w+ (\w+)", goal_text)]
+    if len(set(targets)) > (2 if kind == "look" else 1) or len(set(places)) > 1:
+        raise damaged(path, "its goal names two kinds of objects or places")
     place = targets[0] if kind == "look" else places[0]  # the lamp is an object too
     help_text = re.search(r"(Available commands:.*?)\"", grammar.replace("\\n", "\n"), re.S)
     game = Game(
@@ -166,19 +191,68 @@ def parse_game(data: dict, path: str) -> Game:
             ("heat", "heatable", {"microwavetype"}),
             ("cool", "coolable", {"fridgetype"}),
         ],
-        traits={trait: {fact[0] for fact in facts[trait]} for trait in TRAITS},
+        traits={trait: {f[0] for f in facts[trait]} for trait in (*TRAITS, "openable", "opened")},
         at={loc: [r for r, there in located if there == loc] for _, loc in located},
         start=start,
         inside=multimap((r, o) for o, r in facts["inReceptacle"]),
         lying=multimap((loc, o) for o, loc in facts["objectAtLocation"]),
         held_inside=multimap((outer, o) for o, outer in facts["inReceptacleObject"]),
-        help_text=help_text.group(1),
-        walkthrough=data.get("walkthrough") or [],
+        help_text=help_text.group(1) if help_text else "",
+        walkthrough=walkthrough,
     )
     everywhere = {f"go to {game.name[r]}": ("go", loc, r) for r, loc in located}
     for loc in {game.start, *game.at}:
         game.goto[loc] = {text: action for text, action in everywhere.items() if action[1] != loc}
+    check_goal(game)
     return game
+
+
+def damaged(path, what) -> UserError:
+    return UserError(f"{path}: damaged game file, {what}; delete it or download it again")
+
+
+def read_facts(head, init, path) -> dict:
+    """The start state of a PDDL problem -> {predicate: its tuples of ids}, in lower case.
+
+    head   the text before it, which declares every id with its kind
+    init   the text of the state
+
+    UserError for a fact that is none of FACTS or has an undeclared id, and for anything else there.
+    """
+    kinds = dict(re.findall(r"(\w+) - (\w+)", head.lower()))
+    facts = defaultdict(set)
+    for predicate, ids in FACT.findall(init):
+        args = tuple(ids.lower().split())
+        if FACTS.get(predicate) != tuple(kinds.get(arg) for arg in args):
+            raise damaged(path, f"({predicate} {ids}) is no fact of this game")
+        facts[predicate].add(args)
+    if FACT.sub("", init).strip() != ")":
+        raise damaged(path, "its start holds something that is no fact")
+    return facts
+
+
+def check_goal(game):
+    """UserError for a goal that is reached at the start, or can never be: what it needs must be in
+    the room.
+    """
+    kind, otype, place = game.goal
+    standing = {r for receptacles in game.at.values() for r in receptacles}
+    lying = {o for r in standing for o in game.inside[r]}
+    objects = {o for o in lying & game.traits["pickupable"] if otype in game.otype[o]}
+    places = {r for r in standing if place in game.rtype[r]}
+    if kind == "look":
+        places = {o for o in lying & game.traits["toggleable"] if place in game.otype[o]}
+    for verb, trait, appliance_types in game.appliances:
+        if verb == kind:
+            objects &= game.traits[trait]
+            if not any(game.rtype[r] & appliance_types for r in standing):
+                raise damaged(game.path, f"no place to {verb} what its goal needs")
+    if len(objects) < (2 if kind == "pick2" else 1) or not places:
+        raise damaged(game.path, f"its goal needs {otype} and {place}, which are not there")
+    env = AlfWorld(game)
+    env.reset()
+    if env.won:
+        raise damaged(game.path, "its goal is reached at the start")
 
 
 def multimap(pairs) -> dict:
@@ -434,17 +508,28 @@ def listing(names, article="a ") -> str:
 
 
 class TextWorldGame:
-    """The same game through the stock alfworld package, slow, the reference."""
+    """The same game through the stock alfworld package, slow, the reference.
 
-    def __init__(self, path: str):
+    trusted   play also what is not ALFWorld's own: expressions in the grammar of the file run as
+              Python, with all rights of this process
+    """
+
+    def __init__(self, path: str, trusted: bool = False):
         import textworld
         from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
         from textworld.envs import PddlEnv
 
+        data = read_json(path)  # once, so that what is played is what was checked
+        if not trusted:
+            parse_game(data, path)
         infos = textworld.EnvInfos(won=True, admissible_commands=True)
         self.env = AlfredDemangler(PddlEnv(infos), shuffle=False)
-        self.env.load(str(path))
         self.task_type = task_type_of(path)
+        try:
+            self.env.load(data)
+        except (Exception, SystemExit) as error:  # of any kind: its parsers let everything through
+            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+            raise damaged(path, f"the stock package cannot read it ({reason})") from None
 
     def observe(self, state, text) -> Observation:
         listed = tuple(c for c in state.admissible_commands if c != "help")
@@ -452,8 +537,8 @@ class TextWorldGame:
 
     def reset(self) -> Observation:
         state = self.env.reset()
-        text = state.feedback.split("=-\n\n", 1)[1]
-        self.task = text.rsplit("Your task is to: ", 1)[1].rstrip(".")
+        text = state.feedback.split("=-\n\n", 1)[-1]
+        self.task = text.rsplit("Your task is to: ", 1)[-1].rstrip(".")
         return self.observe(state, text)
 
     def step(self, action: str):
@@ -469,12 +554,15 @@ class TextWorldGame:
 
 
 def open_item(item: str, engine: str = "fast"):
-    """One game by the path of its `game.tw-pddl`; engine: "fast", or "textworld", the stock one.
+    """One game by the path of its `game.tw-pddl`, read completely.
 
-    UserError for another engine, and from the fast one for a game it does not know.
+    engine   "fast", or "textworld", the stock one, both for ALFWorld's own domain and grammar; or
+             "textworld-trusted", the stock one for any file, whose code then runs
+
+    UserError for another engine, and for a game that is damaged or not ALFWorld's own.
     """
-    if engine == "textworld":
-        return TextWorldGame(item)
+    if engine in ("textworld", "textworld-trusted"):
+        return TextWorldGame(item, trusted=engine == "textworld-trusted")
     if engine != "fast":
         raise UserError(f"--engine {engine}: choose fast or textworld")
     return AlfWorld(load_game(str(item)))

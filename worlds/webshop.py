@@ -29,6 +29,7 @@ with `SEED` (the original does not seed it, they change from run to run), goals 
 """
 
 import array
+import contextlib
 import hashlib
 import itertools
 import json
@@ -37,6 +38,8 @@ import os
 import random
 import re
 import shutil
+import time
+import zlib
 from collections import Counter
 from decimal import Decimal
 from functools import lru_cache
@@ -65,7 +68,9 @@ GOAL_SEED = 0  # of the one shuffle of the goals
 RESULTS = 50  # of a search, at most
 PER_PAGE = 10
 CACHE = Path("runs/webshop-cache")
-FORMAT = 2  # raise it when what is cached changes
+FORMAT = 3  # raise it when what is cached changes
+ASIN = re.compile(r"[0-9A-Z]{1,10}")  # the id of a product
+STALE = 3600  # seconds after which the unfinished cache of another process counts as abandoned
 
 # --------------------------------------------------------------------------------------------------
 # Text analysis: Lucene's EnglishAnalyzer
@@ -81,13 +86,14 @@ PICTURE = (  # Extended_Pictographic as it was up to Unicode 15, Lucene's
     r"\u2708-\u2712\u2763-\u2767\u2388\U0001F000-\U0001FAFF]"
 )
 TOKEN = regex.compile(
-    rf"{JOIN}*(?:{LETTER}|{DIGIT}|\p{{WB=Katakana}})"
+    rf"(?<!{JOIN}){JOIN}*(?:{LETTER}|{DIGIT}|\p{{WB=Katakana}})"
     rf"(?:{LETTER}|{DIGIT}|{JOIN}|\p{{WB=Katakana}}"
     rf"|(?<={LETTER})[\p{{WB=MidLetter}}\p{{WB=MidNumLet}}'](?={LETTER})"
     rf"|(?<={DIGIT})[\p{{WB=MidNum}}\p{{WB=MidNumLet}}'](?={DIGIT}))*"
     r"|\p{Script=Han}|\p{Script=Hiragana}"
     rf"|{PICTURE}(?:\uFE0F|\p{{Emoji_Modifier}}|\u200D{PICTURE})*"
 )
+LONGEST_TOKEN = 255  # characters; Lucene cuts a longer one into pieces
 STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then "
     "there these they this to was will with".split()
@@ -110,7 +116,10 @@ def analyze(text: str) -> list:
     >>> analyze("The dog's 3.5-inch RUNNING shoes")
     ['dog', '3.5', 'inch', 'run', 'shoe']
     """
-    terms = map(term_of, TOKEN.findall(text))
+    terms = []
+    for token in TOKEN.findall(text):
+        for start in range(0, len(token), LONGEST_TOKEN):
+            terms.append(term_of(token[start : start + LONGEST_TOKEN]))
     return [term for term in terms if term]
 
 
@@ -146,7 +155,10 @@ class Index:
 
     @staticmethod
     def build(documents, ids, folder):
-        """Write the index of an iterable of texts; its arrays hold 8 bytes for each posting."""
+        """Write the index of an iterable of texts; its arrays hold 8 bytes for each posting.
+
+        UserError where there is not one word to search for.
+        """
         terms = {}  # term -> its number
         lengths = []
         columns = [array.array("i") for _ in range(3)]  # term, document, frequency
@@ -157,6 +169,8 @@ class Index:
                 posting = (terms.setdefault(word, len(terms)), number, times)
                 for column, value in zip(columns, posting):
                     column.append(value)
+        if not terms:
+            raise UserError(f"{folder}: no product with a word in it; download the products again")
         term, doc, frequency = (np.frombuffer(c, np.int32) for c in columns)  # [postings] each
         mean = np.float32(sum(lengths) / max(1, len(lengths)))
         stored = np.array([stored_length(n) for n in lengths], np.float32)
@@ -197,26 +211,27 @@ class Index:
 
 
 def find_file(folder, pattern) -> Path:
-    found = sorted(Path(folder).glob(pattern))
+    found = sorted(path for path in Path(folder).glob(pattern) if os.access(path, os.R_OK))
     if not found:
         remedy = "put the original WebShop files there, or set WEBSHOP_DATA or --data"
-        raise UserError(f"no {pattern} in {folder}: {remedy}")
+        raise UserError(f"no readable {pattern} in {folder}: {remedy}")
     return found[0]
 
 
-def stream_json(path, block=1 << 20):
-    """The elements of a JSON array, or the (key, value) pairs of a JSON object, one by one.
+def stream_json(path, opening, block=1 << 20):
+    """The elements of a JSON array ("["), or the (key, value) pairs of an object ("{"), one by one.
 
     Reads `block` characters at a time. UserError for anything else, or where the file breaks off.
     """
     decode = json.JSONDecoder().raw_decode
     space = re.compile(r"[\s,:]*")
+    pairs = opening == "{"
+    closing = "}" if pairs else "]"
     with open(path, encoding="utf-8") as file:
-        text = file.read(block)
-        if text[:1] not in ("{", "["):
-            raise UserError(f"{path}: neither a JSON array nor an object; download it again")
-        pairs = text[:1] == "{"
-        closing = "}" if pairs else "]"
+        text = read_block(file, block)
+        if text[:1] != opening:
+            kind = "object" if pairs else "array"
+            raise UserError(f"{path}: not a JSON {kind}; download it again")
         at = 1
         parts = []  # of the pair that is being read
         while True:
@@ -226,12 +241,12 @@ def stream_json(path, block=1 << 20):
             try:
                 value, end = decode(text, at)
                 complete = end < len(text)  # else a number or a value may go on in the next block
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 complete = False
             if not complete:
-                more = file.read(max(block, len(text) - at))
+                more = read_block(file, max(block, len(text) - at))
                 if not more:
-                    raise UserError(f"{path}: ends in the middle; download it again")
+                    raise UserError(f"{path}: no JSON, or it ends in the middle; download it again")
                 text = text[at:] + more
                 at = 0
                 continue
@@ -240,9 +255,18 @@ def stream_json(path, block=1 << 20):
                 yield value
                 continue
             parts.append(value)
+            if not isinstance(parts[0], str):
+                raise UserError(f"{path}: a key of its JSON object is no text; download it again")
             if len(parts) == 2:
                 yield tuple(parts)
                 parts = []
+
+
+def read_block(file, size) -> str:
+    try:
+        return file.read(size)
+    except UnicodeDecodeError:
+        raise UserError(f"{file.name}: not UTF-8 text; download it again") from None
 
 
 def read_product(raw: dict, attributes: dict, human: list) -> dict:
@@ -267,7 +291,7 @@ def read_product(raw: dict, attributes: dict, human: list) -> dict:
         "asin": raw["asin"],
         "title": raw.get("name") or "",
         "description": raw.get("full_description") or "",
-        "bullets": bullets if isinstance(bullets, list) else [bullets],
+        "bullets": [str(b) for b in bullets] if isinstance(bullets, list) else [bullets],
         "prices": prices,
         "price_tag": "$" + " to $".join(map(str, prices)),
         "options": options,
@@ -279,6 +303,28 @@ def read_product(raw: dict, attributes: dict, human: list) -> dict:
         "instruction_attributes": attributes.get("instruction_attributes") or [],
         "human": written,
     }
+
+
+def check_product(product):
+    """TypeError or ValueError for what a page, the search or the reward could not use later."""
+    if not ASIN.fullmatch(product["asin"]):
+        raise ValueError("its id is not made of 1 to 10 digits and capital letters")
+    if not product["category"].isprintable():
+        raise ValueError("its category is not printable")
+    if not all(map(math.isfinite, product["prices"])):
+        raise ValueError("its price is no number")
+    texts = [product[name] for name in ("title", "description", "query", "product_category")]
+    texts += product["options"]
+    if product["instruction"] is not None:
+        texts.append(product["instruction"])
+    lists = [product[name] for name in ("bullets", "attributes", "instruction_attributes")]
+    lists += product["options"].values()
+    for instruction, attributes, options in product["human"]:
+        texts.append(instruction)
+        lists += [attributes, options]
+    for values in lists:
+        texts = texts + values  # a TypeError where it is no list
+    "".join(texts).encode()  # an error where one is no text, or holds half a character
 
 
 def read_prices(text: str) -> list:
@@ -304,14 +350,27 @@ def price_limit(price: float, rng):
 
 def build_cache(folder, cache):
     """Read the three files of `folder` once, and write the folder `cache`: products.jsonl with an
-    offset for each product, the table of prices and limits, the index.
+    offset for each product, the table of prices and limits, the index, and a checksum of each.
+
+    It is written beside its place and moved there when complete; several processes may do it at
+    once. UserError for a damaged file, with the number of the product.
     """
-    part = cache.with_name(cache.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(cache, ignore_errors=True)
+    part = cache.with_name(f"{cache.name}.{os.urandom(4).hex()}.part")
     part.mkdir(parents=True)
-    attributes = dict(stream_json(find_file(folder, "items_ins_v2*.json")))
+    try:
+        write_cache(folder, part)
+        with contextlib.suppress(OSError):  # another process was faster
+            part.rename(cache)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_cache(folder, part):
+    """The content of a cache, into the empty folder `part`."""
+    attributes = dict(stream_json(find_file(folder, "items_ins_v2*.json"), "{"))
     human_files = sorted(Path(folder).glob("items_human_ins*.json"))  # human goals are optional
-    human = dict(stream_json(human_files[0])) if human_files else {}
+    human = dict(stream_json(human_files[0], "{")) if human_files else {}
     offsets = [0]
     ids = []
     prices = []
@@ -319,13 +378,22 @@ def build_cache(folder, cache):
     uses = Counter()  # attribute -> goals that have it
     seen = set()
     path = part / "products.jsonl"
+    source = find_file(folder, "items_shuffle*.json")
     with open(path, "wb") as file:
-        for raw in stream_json(find_file(folder, "items_shuffle*.json")):
-            asin = str(raw.get("asin") or "nan")
-            if asin == "nan" or len(asin) > 10 or asin in seen:
-                continue
-            seen.add(asin)
-            product = read_product(raw, attributes.get(asin, {}), human.get(asin, []))
+        for number, raw in enumerate(stream_json(source, "["), 1):
+            try:
+                asin = str(raw.get("asin") or "nan")
+                if asin == "nan" or len(asin) > 10 or asin in seen:
+                    continue
+                seen.add(asin)
+                product = read_product(raw, attributes.get(asin, {}), human.get(asin, []))
+                check_product(product)
+            except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+                reason = f"{error!r:.200}"
+                raise UserError(
+                    f"{source}: product {number} is not in the original's format, here or in what "
+                    f"the other files say of it ({reason}); download the files again"
+                ) from None
             line = json.dumps(product).encode() + b"\n"
             file.write(line)
             offsets.append(offsets[-1] + len(line))
@@ -342,8 +410,27 @@ def build_cache(folder, cache):
     np.save(part / "offsets.npy", np.array(offsets))
     with open(path, "rb") as file:
         Index.build((document(json.loads(line)) for line in file), ids, part)
-    shutil.rmtree(cache, ignore_errors=True)
-    part.rename(cache)
+    (part / "checksums.json").write_text(json.dumps(checksums(part)))
+
+
+def checksums(cache) -> dict:
+    """{file: CRC-32} of a cache, but for the file that holds them: half a second a gigabyte."""
+    found = {}
+    for path in cache.iterdir():
+        if path.name != "checksums.json":
+            found[path.name] = 0
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    found[path.name] = zlib.crc32(block, found[path.name])
+    return found
+
+
+def is_intact(cache) -> bool:
+    """Whether a cache is there, complete and as it was written."""
+    try:
+        return json.loads((cache / "checksums.json").read_text()) == checksums(cache)
+    except (OSError, ValueError):
+        return False
 
 
 def draw_prices(prices, instructed) -> dict:
@@ -395,7 +482,8 @@ class Catalogue:
         rest = " ".join(words[1:]).strip()
         if first == "<r>":
             count = len(self.ids)
-            return random.Random(rest).sample(range(count), min(RESULTS, count))
+            rng = random.Random(rest.encode(errors="replace"))  # any string, half characters too
+            return rng.sample(range(count), min(RESULTS, count))
         if first in ("<c>", "<q>"):
             name = "category" if first == "<c>" else "query"
             return [i for i in range(len(self.ids)) if self.read(i)[name] == rest]
@@ -432,14 +520,20 @@ class Catalogue:
         return [n for n in names if n.split("/")[0] not in held_out]
 
     def goal(self, name: str) -> dict:
-        """A goal in the original's format. UserError for a product that is not there."""
+        """A goal in the original's format. UserError for one that is not there."""
         asin, _, which = name.rpartition("/")
         if asin not in self.number:
             raise UserError(f"goal {name}: no product {asin} in this catalogue; list goals again")
         number = self.number[asin]
         product = self.product(number)
+        options, count, _ = self.instructed[number]
+        if not which.startswith("human-"):
+            count = 0 if options is None else math.prod(options)
+        k = which.removeprefix("human-")
+        if not k.isdecimal() or int(k) >= count:
+            raise UserError(f"goal {name}: product {asin} has no such goal; list goals again")
+        k = int(k)
         if which.startswith("human-"):
-            k = int(which.removeprefix("human-"))
             text, attributes, options = product["human"][k]
             text = text.strip(".")
             limit = self.human_limits[number][k]
@@ -447,7 +541,7 @@ class Catalogue:
         else:
             text = product["instruction"]
             attributes = product["instruction_attributes"]
-            options = nth_choice(product["options"], int(which))
+            options = nth_choice(product["options"], k)
             if options:
                 text += " with " + ", and ".join(f"{k}: {v}" for k, v in options.items())
             limit = self.limits[number]
@@ -477,14 +571,20 @@ def nth_choice(options: dict, n: int) -> dict:
 
 @lru_cache(maxsize=4)
 def load_catalogue(folder) -> Catalogue:
-    """Open the cache of a data folder, built first where it is missing or its files changed."""
+    """Open the cache of a data folder, built first where it is missing or damaged, or the files of
+    the folder changed.
+    """
     find_file(folder, "items_shuffle*.json")  # a clear error before anything else
     files = []
     for path in sorted(Path(folder).glob("items_*.json")):
         files.append((str(path.resolve()), path.stat().st_size, path.stat().st_mtime))
     key = json.dumps([FORMAT, SEED, files]).encode()
     cache = CACHE / hashlib.sha256(key).hexdigest()[:16]
-    if not cache.exists():
+    for part in CACHE.glob("*.part"):  # of a process that was killed while it built
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > STALE:
+                shutil.rmtree(part)
+    if not is_intact(cache):
         build_cache(folder, cache)
     tagger()  # spaCy takes a second to start: at the start, not at the first purchase
     return Catalogue(cache)
@@ -564,7 +664,7 @@ def reward(product: dict, goal: dict, price: float, chosen: dict) -> float:
     if title_score < 0.1:
         r_type = 0.1 if title_score > 0 else 0.0
 
-    text = [product["title"], " ".join(map(str, product["bullets"])), product["description"]]
+    text = [product["title"], " ".join(product["bullets"]), product["description"]]
     text = [t.lower() for t in text]
     n_attributes = 0
     for want in goal["attributes"]:
@@ -769,9 +869,9 @@ def open_item(item, engine: str = "fast") -> WebShop:
     """
     if isinstance(item, dict):
         return WebShop(item, load_catalogue(os.environ.get("WEBSHOP_DATA", ".")))
-    folder, asin, number = str(item).rsplit("/", 2)
-    catalogue = load_catalogue(folder)
-    return WebShop(catalogue.goal(f"{asin}/{number}"), catalogue)
+    path = Path(item)
+    catalogue = load_catalogue(str(path.parent.parent))
+    return WebShop(catalogue.goal(f"{path.parent.name}/{path.name}"), catalogue)
 
 
 def list_items(root, split, rules) -> list:

@@ -1,0 +1,130 @@
+"""Small runs of the three phases in child processes: to hurt them, and to compare what they left.
+
+A child is forked from this process, which has everything imported: a phase takes a few seconds.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+import distill
+import mine
+import warmup
+from config import read_jsonl
+from runtime.run import run_script
+from tiny import shop
+
+SCRIPTS = {"warmup": warmup, "mine": mine, "distill": distill}
+FLAGS = (
+    "--run r --env webshop --tasks 2 --group_size 4 --max_steps 5 --n_req 9999 --save_every 1 "
+    "--warmup_iterations 2 --mine_iterations 2 --distill_iterations 2 --mine_every 1 --n_eval 1 "
+    "--minibatch_rows 16 --given_skills given.jsonl --kl_coef 0 --seed 2"
+)
+TIMES = ("seconds", "save_seconds", "peak_memory", "update_tokens_per_s")
+
+
+def prepare(folder: Path) -> Path:
+    """A working folder with forty products and a skill for each category -> `folder`."""
+    torch.set_num_threads(1)  # before a fork there must be no pool of threads
+    import_module("transformers.models.qwen2.modeling_qwen2")  # else every child takes seconds
+    shop.make_catalogue(folder / "shop", products=40, seed=0)
+    skills = []
+    for category, (_, options, _, _) in shop.CATEGORIES.items():
+        skill = {"condition": f"shopping for {category}", "bucket": category}
+        skills.append(skill | {"strategy": shop.strategy_text(options)})
+    (folder / "given.jsonl").write_text("".join(json.dumps(s) + "\n" for s in skills))
+    return folder
+
+
+def start(phase, folder, die_at=None, flags="", count_to=None) -> int:
+    """Fork a child that runs a phase in `folder`, its output in out.txt -> its process id.
+
+    die_at     the child kills itself at this file operation, counted from 1
+    count_to   a file for how many file operations there were
+    """
+    child = os.fork()
+    if child:
+        return child
+    os.chdir(folder)
+    out = os.open("out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout = os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w")
+    sys.argv = [f"{phase}.py", *f"{FLAGS} --data shop {flags}".split()]
+    operations = count_operations(folder / "runs", die_at)
+    code = 1
+    try:
+        run_script(SCRIPTS[phase].main)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        if count_to:
+            Path(count_to).write_text(str(operations[0]))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def count_operations(folder, die_at) -> list:
+    """Count in [0] every open, rename, removal and new folder below `folder`, from now on."""
+    count = [0]
+    wanted = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+
+    def hook(event, arguments):
+        if event in wanted and "runs" in str(arguments[0]):
+            count[0] += 1
+            if count[0] == die_at:
+                os._exit(137)
+
+    sys.addaudithook(hook)
+    return count
+
+
+def wait(child, limit=300) -> int:
+    """The child's exit code; -N where signal N killed it. It is killed after `limit` seconds."""
+    end = time.time() + limit
+    while time.time() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise TimeoutError(f"a phase did not end in {limit} s")
+
+
+def run(phase, folder, **options) -> int:
+    return wait(start(phase, folder, **options))
+
+
+def said(folder) -> str:
+    """What the last child printed."""
+    return (folder / "out.txt").read_text(errors="replace")
+
+
+def digest(folder, phase) -> str:
+    """Of everything a phase left: weights, skills, transcripts, metrics without times."""
+    root = folder / "runs" / "r"
+    parts = [(root / phase / "model" / "model.safetensors").read_bytes()]
+    state = torch.load(root / phase / "state.pt", weights_only=True)
+    parts.append(repr(sorted(state["optimizer"]["state"].items())).encode())
+    if (root / phase / "skills.jsonl").exists():
+        parts.append((root / phase / "skills.jsonl").read_bytes())
+    parts.append((root / "episodes.jsonl").read_bytes())
+    for record in read_jsonl(root / "metrics.jsonl"):
+        timeless = {name: value for name, value in record.items() if name not in TIMES}
+        parts.append(json.dumps(timeless).encode())
+    return hashlib.sha256(b"\n".join(parts)).hexdigest()[:16]

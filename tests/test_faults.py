@@ -1,0 +1,265 @@
+"""What may happen to a long run: short versions of `python -m tests.faults`."""
+
+import json
+import math
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import as_rows
+
+import common
+import envs
+import evaluate
+from common import UserError
+from runtime import guard, saves
+from runtime.policy import load_policy
+from tests.faults import files, kills, runs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The three phases unbroken -> (folder, {phase: (digest, seconds, file operations)})."""
+    folder = runs.prepare(tmp_path_factory.mktemp("faults") / "whole")
+    return folder, kills.unbroken(folder)
+
+
+# --- kills ----------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_at_any_file_operation_ends_as_the_unbroken_one(whole):
+    verdicts = kills.at_operations(*whole, count=1, first=0.6)
+    assert [result for _, result in verdicts] == ["same"] * 3, verdicts
+
+
+def test_a_run_ended_by_sigterm_goes_on_to_the_same_end(whole):
+    verdicts = kills.at_times(*whole, count=1, number=signal.SIGTERM)
+    assert [result for _, result in verdicts] == ["same"], verdicts
+
+
+# --- saves ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_saves(tmp_path):
+    """A phase saved twice, each time its number."""
+    for number in (1, 2):
+        part = tmp_path / "mine.part"
+        (part / "model").mkdir(parents=True)
+        (part / "state.pt").write_bytes(bytes([number]) * 100)
+        (part / "model" / "weights").write_bytes(bytes([number]) * 1000)
+        saves.put(part, tmp_path / "mine")
+    return tmp_path
+
+
+def test_the_last_two_saves_are_kept(two_saves):
+    assert saves.find(two_saves, "mine") == two_saves / "mine"
+    assert (two_saves / "mine" / "state.pt").read_bytes()[0] == 2
+    assert (two_saves / "mine.old" / "state.pt").read_bytes()[0] == 1
+    assert not (two_saves / "mine.part").exists()
+
+
+@pytest.mark.parametrize("damage", files.damages(b""))
+@pytest.mark.parametrize("name", ["state.pt", "model/weights", "manifest.json"])
+def test_a_damaged_save_is_named_and_the_one_before_is_used(two_saves, capsys, name, damage):
+    path = two_saves / "mine" / name
+    content = files.damages(path.read_bytes())[damage]
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    found = saves.find(two_saves, "mine", set_aside=True)
+    assert found == two_saves / "mine.old" and name in capsys.readouterr().out
+    assert (two_saves / "mine.damaged").exists() and not (two_saves / "mine").exists()
+    # the next save must not replace the good one by the damaged one
+    part = two_saves / "mine.part"
+    part.mkdir()
+    (part / "state.pt").write_bytes(b"3")
+    saves.put(part, two_saves / "mine")
+    assert (two_saves / "mine.old" / "state.pt").read_bytes()[0] == 1
+
+
+def test_without_a_whole_save_the_remedy_is_named(two_saves):
+    for name in ("mine", "mine.old"):
+        (two_saves / name / "state.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="state.pt has 0 bytes.*no whole save of mine is left"):
+        saves.find(two_saves, "mine")
+
+
+def test_damaged_files_of_a_run_are_named_and_recovered_from(whole):
+    folder, good = whole
+    some = [
+        ("mine/skills.jsonl", "emptied"),
+        ("config.json", "deleted"),
+        ("metrics.jsonl", "cut in half"),
+    ]
+    for name, damage in some:
+        was_said, result = files.try_case(folder, name, damage, good["distill"][0])
+        expected = "another result" if name == "metrics.jsonl" else "same"  # its lines are lost
+        assert (was_said, result) == (True, expected), (name, damage)
+
+
+def test_a_full_disk_ends_with_one_line_and_the_last_save_whole(whole):
+    said = files.full_disk(whole[0])
+    if not said:
+        pytest.skip("no right to mount a small file system")
+    assert said.startswith("exit code 2: error: ") and "ree some disk" in said
+
+
+# --- numbers that are not finite ------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_rows(episodes):
+    """Rows of a mini-batch whose loss is NaN."""
+    rows = as_rows(episodes)
+    rows[0].advantage = math.nan
+    return rows
+
+
+def weights_of(policy):
+    return torch.cat([p.detach().flatten() for p in policy.model.parameters()]).clone()
+
+
+def test_a_step_that_is_not_finite_moves_nothing_and_keeps_its_rows(
+    broken_rows, trainer, config, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config.minibatch_rows = 10_000
+    start = weights_of(trainer)
+    metrics = common.update(trainer, broken_rows, config, 0)
+    assert metrics["refused_steps"] == 1 and metrics["optimizer_steps"] == 0
+    assert torch.equal(weights_of(trainer), start)
+    kept = torch.load(Path("runs") / config.run / "not-finite.pt", weights_only=True)
+    assert len(kept["rows"]) == len(broken_rows) and math.isnan(kept["loss"])
+    assert not trainer.moved
+
+
+def test_good_steps_beside_a_refused_one_are_taken(
+    broken_rows, trainer, config, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config.minibatch_rows = len(broken_rows) // 2
+    metrics = common.update(trainer, broken_rows, config, 0)
+    assert (metrics["refused_steps"], metrics["optimizer_steps"]) == (1, 1)
+    assert torch.isfinite(weights_of(trainer)).all() and math.isfinite(metrics["loss"])
+
+
+def test_three_refused_steps_in_a_row_stop_the_run(
+    broken_rows, trainer, config, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config.minibatch_rows = 10_000
+    for _ in range(guard.MOST - 1):
+        common.update(trainer, broken_rows, config, 0)
+    with pytest.raises(UserError, match="3 steps in a row .* not finite"):
+        common.update(trainer, broken_rows, config, 0)
+
+
+# --- worlds that fail -----------------------------------------------------------------------------
+
+
+def broken_world(monkeypatch, bad_items, turn):
+    """envs.make_env whose games of `bad_items` raise in their `turn`-th step; 0: when opened."""
+    original = envs.make_env
+
+    def make_env(name, item, engine="fast"):
+        game = original(name, item, engine)
+        step = game.step
+        turns = []
+
+        def failing(action):
+            turns.append(action)
+            if len(turns) == turn:
+                raise RuntimeError("the world is gone")
+            return step(action)
+
+        if item in bad_items:
+            if turn == 0:
+                raise UserError("damaged game")
+            game.step = failing
+        return game
+
+    monkeypatch.setattr(envs, "make_env", make_env)
+
+
+@pytest.mark.parametrize("turn", [0, 1, 3])
+def test_a_group_whose_world_raises_is_left_out_whole_and_named(
+    policy, config, monkeypatch, capsys, turn
+):
+    items = envs.list_items("alfworld", "train", config.data)[:3]
+    broken_world(monkeypatch, items[1:2], turn)
+    groups = common.plan_groups(items, config, members=2)
+    episodes = common.rollout(policy, config, groups, seed=0)
+    assert [e.item for e in episodes] == [items[0]] * 2 + [items[2]] * 2
+    assert all(e.steps for e in episodes)
+    reason = "damaged game" if turn == 0 else "the world is gone"
+    assert f"{items[1]}: " in (said := capsys.readouterr().out) and reason in said
+
+
+def test_when_most_worlds_fail_the_run_stops_with_the_reason(policy, config, monkeypatch):
+    items = envs.list_items("alfworld", "train", config.data)[:3]
+    broken_world(monkeypatch, items[:2], 1)
+    groups = common.plan_groups(items, config, members=2)
+    with pytest.raises(UserError, match="2 of 3 groups could not be played.*the world is gone"):
+        common.rollout(policy, config, groups, seed=0)
+
+
+def test_an_evaluation_never_leaves_an_item_out(policy, config, monkeypatch):
+    items = envs.list_items("alfworld", "train", config.data)[:3]
+    broken_world(monkeypatch, items[:1], 1)
+    with pytest.raises(UserError, match="some items cannot be played"):
+        evaluate.evaluate(policy, config, items, 0.4, 0)
+
+
+def test_an_interrupted_evaluation_plays_only_what_is_missing(
+    policy, config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "WAVE", 2)
+    items = envs.list_items("alfworld", "train", config.data)[:6]
+    straight = evaluate.evaluate(policy, config, items, 0.4, 0)
+    done = tmp_path / "waves"
+    original = evaluate.rollout
+    waves = []
+
+    def stop_at_third(*args, **options):
+        waves.append(1)
+        if len(waves) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(evaluate, "rollout", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(policy, config, items, 0.4, 0, done=done)
+    done.write_text(done.read_text() + '{"item": "half a li')
+    assert evaluate.evaluate(policy, config, items, 0.4, 0, done=done) == straight
+    assert len(waves) == 4
+
+
+# --- files that are not what they should be -------------------------------------------------------
+
+
+def copy_of_policy(tmp_path):
+    source = Path(common.__file__).parent / "tiny" / "policy"
+    return Path(shutil.copytree(source, tmp_path / "model"))
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(tmp_path, config):
+    """transformers makes up the layer that is missing, at random."""
+    model = copy_of_policy(tmp_path)
+    shape = json.loads((model / "config.json").read_text())
+    shape["num_hidden_layers"] += 1
+    shape.pop("layer_types", None)
+    (model / "config.json").write_text(json.dumps(shape))
+    with pytest.raises(UserError, match="weights do not fit its config.json"):
+        load_policy(model, config, "cpu")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_weights_is_refused(tmp_path, config):
+    model = copy_of_policy(tmp_path)
+    _, tokenizer = load_policy("tiny", config, "cpu")
+    tokenizer.add_tokens([f"<{n}>" for n in range(50)])
+    tokenizer.save_pretrained(model)
+    with pytest.raises(UserError, match="they are of two models"):
+        load_policy(model, config, "cpu")
