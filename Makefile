@@ -1,12 +1,12 @@
-# `make demo` (three phases, evaluation and plot on the embedded default), `make demo-webshop` (the
-# same in the embedded shop) and `make test`.
+# `make demo`: the three phases and GiGPO as their control in the embedded shop, evaluated, drawn, one table.
+# `make demo-household`: the same in generated ALFWorld games. `make test`: the tests.
 PYTHON ?= python3
 VENV ?= .venv
-RUN ?= tiny
-FLAGS ?=
+RUN ?= tiny-webshop
+FLAGS ?= --env webshop --tasks 8
 PY = $(VENV)/bin/python
 
-.PHONY: demo demo-webshop control test clean
+.PHONY: demo demo-household test faults clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,21 +17,21 @@ demo: $(VENV)/installed
 	$(PY) warmup.py --run $(RUN) $(FLAGS)
 	$(PY) mine.py --run $(RUN) $(FLAGS)
 	$(PY) distill.py --run $(RUN) $(FLAGS)
+	$(PY) mine.py --run $(RUN)-control --fork $(RUN) --skill_share 0 $(FLAGS)
+	$(PY) distill.py --run $(RUN)-control --skill_share 0 $(FLAGS)
 	for checkpoint in init warmup mine distill; do $(PY) evaluate.py --run $(RUN) $(FLAGS) --checkpoint $$checkpoint || exit; done
 	$(PY) evaluate.py --run $(RUN) $(FLAGS) --checkpoint mine --skills
-	$(PY) -m tools.plot --run $(RUN)
-
-# GiGPO from the warm-up of the demo, for as many episodes: what SIRI has to be compared with
-control: $(VENV)/installed
-	$(PY) mine.py --run $(RUN)-control --fork $(RUN) --skill_share 0 $(FLAGS)
-	$(PY) distill.py --run $(RUN)-control $(FLAGS)
 	$(PY) evaluate.py --run $(RUN)-control $(FLAGS)
+	$(PY) -m tools.report --run $(RUN) --control $(RUN)-control
 
-demo-webshop:
-	$(MAKE) demo RUN=tiny-webshop FLAGS="--env webshop"
+demo-household:
+	$(MAKE) demo RUN=tiny FLAGS=
 
 test: $(VENV)/installed
 	$(PY) -m pytest -q -n 2 tests
+
+faults: $(VENV)/installed
+	$(PY) -m tests.faults
 
 clean:
 	rm -rf runs $(VENV)

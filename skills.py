@@ -182,7 +182,7 @@ class SkillBank:
     @classmethod
     def given(cls, config):
         """A new bank: empty, or with the skills of the file --given_skills, all active. A line of
-        it is a JSON object with condition, strategy and bucket; a skill's other fields count not.
+        it is a JSON object with condition, strategy and bucket; other fields are ignored.
         """
         bank = cls(config)
         if config.given_skills:

@@ -25,7 +25,7 @@ def token_logprobs(model, ids, response_mask, temperature=1.0, entropy=True):
 
     def logprobs_of(hidden, target):  # [n, D], [n] -> [n, 2]: log-prob and entropy
         logits = torch.nn.Linear.forward(head, hidden)  # [n, V]
-        log_p = (logits.float() / temperature).log_softmax(-1)  # [n, V]
+        log_p = tempered(logits, temperature)  # [n, V]
         picked = log_p.gather(-1, target[:, None])[:, 0]  # [n]
         spread = -(log_p.exp() * log_p).sum(-1) if entropy else torch.zeros_like(picked)  # [n]
         return torch.stack([picked, spread], -1)
@@ -74,4 +74,9 @@ def log_distributions(model, ids, mask, temperature):
         logits = model(input_ids=ids, use_cache=False).logits  # [N, V]
     finally:
         del head.forward
+    return tempered(logits, temperature)
+
+
+def tempered(logits, temperature):
+    """Logits -> log-probs at a temperature, in float32."""
     return (logits.float() / temperature).log_softmax(-1)

@@ -18,7 +18,7 @@ Bytes are counted from the model's shape alone, without weights, and without a n
 | saved       | what a layer keeps for its backward pass; of all layers without checkpointing      |
 | layer       | what a layer's own backward pass needs besides                                     |
 | logits      | rows of the vocabulary held at once: 20 bytes a logit with their gradients         |
-| disk        | a save: weights and optimizer; two while the newer one is written                  |
+| disk        | a save: weights and optimizer; each phase keeps two, three while one is written    |
 
 Three situations take turns, and the largest counts:
 

@@ -100,6 +100,12 @@ def run_script(main):
         sys.exit(130)
 
 
+def find_save(root, phase, set_aside=False):
+    """`saves.find`, by one process for all: it reads every byte."""
+    found = saves.find(root, phase, set_aside) if parallel.rank() == 0 else None
+    return parallel.gather([found])[0]
+
+
 def load_state(folder) -> dict:
     """state.pt of a phase: no code runs; the optimizer's part stays in the file until used."""
     return torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
@@ -177,7 +183,7 @@ class Run:
         root = self.root
         if self.config.fork and not list(root.glob(f"{after}*")):
             root = Path("runs") / self.config.fork
-        folder = saves.find(root, after)
+        folder = find_save(root, after)
         command = f"`python {after}.py --run {root.name}`"
         if folder is None:
             raise UserError(f"{root / after}/model is missing: run {command} first")
@@ -228,11 +234,13 @@ class Run:
             self.save(policy, bank, iteration=iteration, finished=finished, **state)
         if stop:
             end_by_sigterm(f"saved after iteration {iteration}")
-        policy.moved = False
-        # what a SIGTERM in the next rollout has to save; successes are never changed, only replaced
+        # what a SIGTERM in the next rollout has to save
         copies = {name: list(value) for name, value in state.items()}
         self.boundary = {"iteration": iteration, "finished": finished} | copies
         self.boundary_bank = deepcopy(bank)
+        policy.moved = False  # only now: until here the boundary was the one before
+        if self.stop and not finished:  # it came since the question above
+            self.stop_soon()
 
     def stop_soon(self, *_):
         """SIGTERM: someone takes the machine away, often in 30 seconds. In a rollout the weights
@@ -280,10 +288,7 @@ class Run:
 
         UserError if the phase was begun with another config.
         """
-        if parallel.rank() == 0:
-            saves.find(self.root, self.phase, set_aside=True)
-        parallel.wait()
-        folder = saves.find(self.root, self.phase)
+        folder = find_save(self.root, self.phase, set_aside=True)
         state = None
         if folder:
             saved = read_json(folder / "config.json")

@@ -85,21 +85,22 @@ def find(root: Path, phase: str, set_aside=False):
 
     UserError when there are saves, and all are damaged.
     """
-    problems = []
-    for folder in (root / phase, root / f"{phase}.old"):
-        if not folder.exists():
-            continue
-        found = problem(folder)
-        if not found:
-            if problems:
-                print(f"{problems[0]}; the save before it, {folder}, is used")
-            return folder
-        problems.append(found)
-        if set_aside and len(problems) == 1:
-            damaged = root / f"{phase}.damaged"
-            shutil.rmtree(damaged, ignore_errors=True)
-            folder.rename(damaged)
+    newest = root / phase
+    before = root / f"{phase}.old"
+    problems = [problem(newest)] if newest.exists() else []
+    if problems == [""]:
+        return newest
+    if before.exists():
+        problems.append(problem(before))
+        if not problems[-1]:
+            if newest.exists():
+                print(f"{problems[0]}; the save before it, {before}, is used")
+            if newest.exists() and set_aside:
+                damaged = root / f"{phase}.damaged"
+                shutil.rmtree(damaged, ignore_errors=True)
+                newest.rename(damaged)
+            return before
     if problems:
-        remedy = f"delete {root / phase} and its .old and .damaged to begin the phase anew"
+        remedy = f"delete {newest} and {before} to begin the phase anew"
         raise UserError(f"{'; '.join(problems)}: no whole save of {phase} is left; {remedy}")
     return None

@@ -118,7 +118,8 @@ def test_code_in_a_grammar_runs_only_where_the_game_is_trusted(games, tmp_path):
     ran = tmp_path / "ran"
     code = f"{{open('{ran}','w')}}"
     room = "You are in the middle of a room."
-    for old, new in ((task, code), (task, f"a. Your task is to: {code}"), (room, code + room)):
+    two = f'a.", "Your task is to: {code}'
+    for old, new in ((task, code), (task, two), (room, f"Your task is to: {code}"), (room, code)):
         item = change(path, tmp_path, grammar=grammar.replace(old, new))
         for engine in ("fast", "textworld"):
             alfworld.load_game.cache_clear()

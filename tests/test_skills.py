@@ -273,7 +273,7 @@ def test_a_summary_is_parsed():
 def test_a_summary_is_parsed_in_linear_time():
     """Blanks before a fence cost their number squared: two seconds at 32,000."""
     start = time.perf_counter()
-    assert parse_skill("{" + " " * 300_000 + "x") is None
+    assert parse_skill("{" + " " * 60_000 + "x") is None
     assert time.perf_counter() - start < 1
 
 

@@ -248,7 +248,7 @@ def test_prompt_quotes_the_page_and_falls_back_without_history(shop):
 def test_a_step_is_linear_in_the_length_of_the_action(shop, piece):
     """Underscores cost their number squared: eleven seconds at 16,000."""
     start = time.perf_counter()
-    for action in (f"search[{piece * 50_000}]", piece * 50_000, f"click[{piece * 50_000}]"):
+    for action in (f"search[{piece * 10_000}]", piece * 10_000, f"click[{piece * 10_000}]"):
         shop.step(action)
     assert time.perf_counter() - start < 2
 
@@ -288,8 +288,11 @@ def test_a_damaged_product_is_named_when_the_shop_is_opened(name, tmp_path, monk
     assert str(error.value).isprintable() and not list(webshop.CACHE.iterdir())
 
 
-@pytest.mark.parametrize("said", [5, {"attributes": None}, {"instruction": 0},
-                                  {"instruction_attributes": [5]}, {"attributes": "soft"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "said",
+    [5, {"attributes": None}, {"attributes": "soft"}, {"instruction": 0},
+     {"instruction_attributes": [5]}],
+)  # fmt: skip
 def test_damaged_attributes_are_named_when_the_shop_is_opened(said, tmp_path, monkeypatch):
     monkeypatch.setattr(webshop, "CACHE", tmp_path / "cache")
     folder = write_catalogue(tmp_path)
@@ -309,8 +312,11 @@ def test_a_catalogue_without_a_product_is_one_clear_error(tmp_path, monkeypatch)
             envs.list_items("webshop", "train", write_catalogue(tmp_path, products))
 
 
-@pytest.mark.parametrize("item", ["B000000001/4", "B000000001/human-1", "B000000001/x",
-                                  "B000000004/0", "B000000001/-1", "B000000001/human-", "x/0"])  # fmt: skip
+@pytest.mark.parametrize(
+    "item",
+    ["B000000001/4", "B000000001/human-1", "B000000001/x", "B000000004/0", "B000000001/-1",
+     "B000000001/human-", "x/0"],
+)  # fmt: skip
 def test_a_goal_that_is_not_there_is_one_clear_error(folder, item):
     with pytest.raises(UserError, match="list goals again"):
         envs.make_env("webshop", f"{folder}/{item}")

@@ -12,7 +12,7 @@ ended with, at the training temperature. Prints, and writes to runs/<run>/effect
 | effect   | success with the skill - success without, +- its standard error                       |
 | right    | share of its groups whose Delta_g had the sign of the effect (0 counts as no)         |
 
-and how often a verdict was right: active with an effect above --active_above, retired with one below.
+and how often a verdict was right: active with an effect above --active_above, or retired with none.
 The policy of mine/ is not the one the early groups were played with; its effect is what the skill
 can still do when phase 2 begins.
 """

@@ -435,15 +435,13 @@ control-mines
 - if config.skill_share and (k - 1)
 + if (k - 1)
 
-@ mine.py: tests/test_phases.py -k 'share_is'
+@ common.py: tests/test_skills.py -k 'share_is'
 half-whatever-the-share
-- round(config.skill_share * config.group_size)
-+ config.group_size // 2
-
-@ distill.py: tests/test_phases.py -k 'share_is'
-half-whatever-the-share-2
-- round(config.skill_share * config.group_size)
-+ config.group_size // 2
+- config.skill_share * members + 0.5
++ 0.5 * members + 0.5
+a-small-share-is-nobody
+- max(skilled, 1 if config.skill_share else 0)
++ skilled
 
 @ mine.py: tests/test_phases.py -k 'unparsable or mined_skill or request_for or take_turns'
 oldest-successes
@@ -483,6 +481,82 @@ moments-lost-on-resuming
 iterations-repeated
 - return range(done + 1, last + 1)
 + return range(done, last + 1)
+@ common.py: tests/test_losses.py -k "hand_off or kl_internalization"
+hand-off-without-hand
+- 1 - lambda_ if config.hand_off
++ 1.0 if config.hand_off
+kl-never
+- if config.internalize_loss == "kl" and lambda_:
++ if config.internalize_loss == "kl" and not lambda_:
+@ runtime/logprobs.py: tests/test_losses.py -k kl_internalization
+kl-teacher-is-the-plain-prompt
+- prompt_ids=row.skill_ids or row.prompt_ids
++ prompt_ids=row.prompt_ids
+kl-of-the-last-prompt-token
+- filled[mask] = (teacher
++ filled[mask.roll(-1, 1)] = (teacher
+@ skills.py: tests/test_miner.py -k placebo
+placebo-too-short
+- words[:count]
++ words[:count - 1]
+@ runtime/miner.py: tests/test_miner.py
+miner-silence-is-a-crash
+- except Exception as error:
++ except ValueError as error:
+miner-never-gives-up
+- if len(reasons) == len(prompts) > 0:
++ if False:
+miner-takes-anything
+- if not isinstance(text, str):
++ if False:
+@ runtime/guard.py: tests/test_faults.py -k "finite or refused or group or worlds or evaluation"
+nan-step-taken
+- math.isfinite(log["loss"]) and math.isfinite(norm)
++ True
+refusals-not-counted
+- policy.refused += 1
++ policy.refused += 0
+failed-group-kept
+- if e.group not in failed
++ if True
+half-of-the-world-gone-unsaid
+- if 2 * len(failed) > len(groups):
++ if False:
+@ common.py: tests/test_faults.py -k "finite or refused"
+step-without-moved
+- policy.moved = True
++ policy.moved = True; policy.refused = 9
+@ runtime/saves.py: tests/test_faults.py -k "two_saves or damaged_save or whole_save or last_two"
+flipped-bit-unseen
+- if sha256(path) != digest:
++ if False:
+short-file-unseen
+- if path.stat().st_size != size:
++ if size < 0:
+damaged-save-stays-in-place
+- if newest.exists() and set_aside:
++ if False:
+only-one-save
+- folder.rename(old)
++ shutil.rmtree(folder)
+@ evaluate.py: tests/test_faults.py -k evaluation
+half-a-wave-counts
+- outcomes[: len(outcomes) // WAVE * WAVE]
++ outcomes
+item-left-out
+- if len(episodes) < len(wave):
++ if False:
+@ tools/report.py: tests/test_report.py
+report-unescaped-said
+- return f"{escape(said[:start])}{mark}
++ return f"{said[:start]}{mark}
+report-marks-the-plain-arm
+- bool(record["skills"]) and record["phase"]
++ record["phase"]
+@ tools/study.py: tests/test_study.py
+bootstrap-without-seeds
+- seeds = rng.integers(n_seeds, size=n_seeds)
++ seeds = np.arange(n_seeds)
 """
 
 

@@ -1,7 +1,7 @@
 """One self-contained HTML page for a run or for studies, to open in any browser.
 
     python -m tools.report --run tiny                    # writes runs/tiny/report.html
-    python -m tools.report --run tiny --control tiny-control        # with the control's curve
+    python -m tools.report --run tiny --control tiny-control        # prints both in one table
     python -m tools.report --studies shop-1,shop-4 --out study.html
 
 The page of a run: its evaluations; its curves (`tools/plot.py`); every skill with its life; and
@@ -67,20 +67,56 @@ def html_table(head, rows) -> str:
     return "\n".join([*lines, "</table>"])
 
 
-def evaluations(root) -> str:
+NAMES = {  # of checkpoints in a table
+    "init": "imitation policy (before)",
+    "warmup": "after `warmup.py`",
+    "mine": "after `mine.py`",
+    "distill": "after `distill.py`: SIRI",
+}
+
+
+def evaluations(name, control="") -> list:
+    """A dict for each evaluation of a run's checkpoints, and the last one's of its control."""
     rows = []
-    for path in sorted(root.glob("eval-*.json"), key=lambda p: p.stat().st_mtime):
-        record = read_json(path)
-        r = record["results"]["all"]
-        prompt = "with skills" if record["skills"] else "plain"
+    for run in filter(None, (name, control)):
+        for checkpoint in NAMES if run == name else ["distill"]:
+            for path in sorted((Path("runs") / run).glob(f"eval-*-{checkpoint}-*T*.json")):
+                record = read_json(path)
+                label = NAMES[checkpoint] if run == name else "the control: GiGPO, equal episodes"
+                label += ", skills in the prompt" if record["skills"] else ""
+                last = read_jsonl(Path("runs") / run / "metrics.jsonl")
+                ends = [0] + [x["episodes_so_far"] for x in last if x["phase"] == checkpoint]
+                rows.append({"name": label, "episodes": ends[-1]} | record["results"]["all"])
+    return rows
+
+
+def evaluation_rows(rows) -> list:
+    """Their cells, as texts: name, episodes, solved, success, 95% interval, mean score."""
+    cells = []
+    for r in rows:
         interval = f"{r['low']:.3f} to {r['high']:.3f}"
-        counts = f"{r['solved']} of {r['n']}"
-        place = escape(record["checkpoint"].removesuffix("/model"))
-        rows.append([place, prompt, counts, float(r["success"]), interval, float(r["score"])])
-    if not rows:
-        return "<p>No evaluation yet: <code>python evaluate.py</code>.</p>"
-    head = ["checkpoint", "prompt", "solved", "success", "95% interval", "score"]
-    return html_table(head, rows)
+        counts = [str(r["episodes"]), f"{r['solved']} of {r['n']}"]
+        cells.append([r["name"], *counts, f"{r['success']:.3f}", interval, f"{r['score']:.3f}"])
+    return cells
+
+
+HEAD = ["checkpoint", "training episodes", "solved", "success", "95% interval", "mean score"]
+
+
+def markdown_table(rows) -> str:
+    lines = [HEAD, ["---"] * len(HEAD), *evaluation_rows(rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def conclusion(rows) -> str:
+    """What the last evaluations of the run and of its control say together."""
+    siri, control = ([r for r in rows if r["name"].startswith(s)] for s in ("after `dis", "the c"))
+    if not siri or not control:
+        return ""
+    difference = siri[-1]["success"] - control[-1]["success"]
+    apart = siri[-1]["low"] > control[-1]["high"] or siri[-1]["high"] < control[-1]["low"]
+    verdict = "their intervals do not overlap" if apart else "no difference that one seed can show"
+    return f"SIRI - GiGPO at equal episodes: {difference:+.3f}: {verdict}."
 
 
 def life(deltas) -> str:
@@ -188,9 +224,11 @@ def run_page(name, control, most) -> str:
     root = Path("runs") / name
     config = read_json(root / "config.json")
     plot.draw(root, root / "plot.png", Path("runs") / control if control else None)
-    sections = {"Evaluations": evaluations(root)}
-    if control:
-        sections["The control: GiGPO from the same warm-up"] = evaluations(Path("runs") / control)
+    rows = evaluations(name, control)
+    cells = [[escape(cell) for cell in row] for row in evaluation_rows(rows)]
+    missing = "<p>No evaluation yet: <code>python evaluate.py</code>.</p>"
+    sections = {"Evaluations": html_table(HEAD, cells) if rows else missing}
+    sections["Evaluations"] += f"<p>{escape(conclusion(rows))}</p>"
     sections["Curves"] = picture(root / "plot.png")
     sections["Skills and their lives"] = skill_lives(root)
     sections["The same game with the skill and without"] = pairs(
@@ -238,6 +276,9 @@ def main():
         raise UserError("give --run NAME or --studies NAMES")
     if args.run:
         text = run_page(args.run, args.control, args.pairs)
+        rows = evaluations(args.run, args.control)
+        print(f"{markdown_table(rows)}\n\n{conclusion(rows)}")
+        write_atomically(Path("runs") / args.run / "table.json", json.dumps(rows, indent=1))
     else:
         text = study_page(args.studies.split(","))
     out = Path(args.out or (f"runs/{args.run}/report.html" if args.run else "results/report.html"))
