@@ -30,6 +30,9 @@ class Config:
     # the world
     env: str = flag("alfworld", "the world: alfworld or webshop")
     engine: str = flag("fast", "fast: plain Python; textworld: the stock package (50 ms a step)")
+    trust_games: bool = flag(
+        False, "with --engine textworld: play games with a foreign grammar, whose code then runs"
+    )
     data: str = flag("", "data folder; empty: $ALFWORLD_DATA (~/.cache/alfworld) or $WEBSHOP_DATA")
     split: str = flag("train", "split the tasks are drawn from")
     human_goals: bool = flag(False, "WebShop: goals written by people instead of synthetic ones")
@@ -130,6 +133,11 @@ class Config:
         False, "log norms and cosine of the gradients of L_int and of the rest, once an iteration"
     )
 
+    @property
+    def played_by(self) -> str:
+        """The engine as `envs.make_env` takes it."""
+        return "textworld-trusted" if self.trust_games else self.engine
+
 
 # --------------------------------------------------------------------------------------------------
 # Presets: what differs from the defaults above
@@ -192,6 +200,7 @@ SAME = (  # must be alike in all phases of a run
     "preset",
     "env",
     "engine",
+    "trust_games",
     "data",
     "human_goals",
     "split_rule",
@@ -351,6 +360,8 @@ def check(config):
         ("ema", 0 <= config.ema <= 1, "0 to 1"),
         ("beta2", 0 <= config.beta2 < 1, "0 to below 1"),
     ]
+    if config.trust_games and config.engine != "textworld":
+        raise UserError("--trust_games true is for --engine textworld; the fast engine runs no code")
     for name, words in CHOICES.items():
         limits.append((name, getattr(config, name) in words, " or ".join(words)))
     for name, is_right, limit in limits:
@@ -359,7 +370,7 @@ def check(config):
 
 
 def other_config(folder, name, old, new) -> UserError:
-    remedy = "repeat that value, choose another --run, or delete the folder"
+    remedy = "repeat that value, choose another --run, or delete the folder (and its .old)"
     return UserError(f"{folder} was made with --{name} {old}, not {new}; {remedy}")
 
 
@@ -373,7 +384,7 @@ def read_json(path):
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # also bytes that are no text
         remedy = "delete it or download the data again"
         raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from None
 

@@ -181,7 +181,7 @@ def waves_file(out, config, choice, items, path, bank) -> Path:
     """
     model = saves.files_of(Path(path)) if Path(path).is_dir() else str(path)
     skills = [(s.bucket, s.condition, s.strategy, s.utility) for s in bank.skills] if bank else None
-    rules = [config.max_steps, config.history, config.top_k, config.engine, config.dtype]
+    rules = [config.max_steps, config.history, config.top_k, config.played_by, config.dtype]
     identity = [model, items, skills, rules, choice.eval_temperature, choice.eval_seed]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     out.parent.mkdir(parents=True, exist_ok=True)

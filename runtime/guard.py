@@ -55,7 +55,7 @@ def open_games(episodes, config) -> tuple:
     games = []
     observations = []
     for episode in episodes:
-        game = attempt(episode, envs.make_env, config.env, episode.item, config.engine)
+        game = attempt(episode, envs.make_env, config.env, episode.item, config.played_by)
         obs = attempt(episode, game.reset) if game else None
         if obs:
             episode.task = obs.task
@@ -68,7 +68,7 @@ def open_games(episodes, config) -> tuple:
 def first_observation(config, item):
     """Of an item; None where it cannot be opened, which its rollout will say."""
     try:
-        return envs.make_env(config.env, item, config.engine).reset()
+        return envs.make_env(config.env, item, config.played_by).reset()
     except Exception:
         return None
 

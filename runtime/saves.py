@@ -93,8 +93,8 @@ def find(root: Path, phase: str, set_aside=False):
     if before.exists():
         problems.append(problem(before))
         if not problems[-1]:
-            if newest.exists():
-                print(f"{problems[0]}; the save before it, {before}, is used")
+            reason = problems[0] if newest.exists() else f"{newest} is missing"
+            print(f"{reason}; the save before it, {before}, is used")
             if newest.exists() and set_aside:
                 damaged = root / f"{phase}.damaged"
                 shutil.rmtree(damaged, ignore_errors=True)

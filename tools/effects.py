@@ -40,7 +40,7 @@ def items_of_buckets(config, buckets, count) -> dict:
     step = max(1, len(items) // 997) if len(items) > 997 else 1
     for start in range(step):
         for item in items[start::step]:
-            bucket = envs.make_env(config.env, item, config.engine).reset().task_type
+            bucket = envs.make_env(config.env, item, config.played_by).reset().task_type
             if bucket in found and len(found[bucket]) < count:
                 found[bucket].append(item)
             if all(len(chosen) == count for chosen in found.values()):
