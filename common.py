@@ -13,6 +13,7 @@ padding, so the logits of the real tokens are exact and the fast attention path 
 
 import math
 import time
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -29,9 +30,8 @@ from runtime.logprobs import expected_logprobs, token_logprobs
 from runtime.metrics import arms, rollout_metrics  # noqa: F401
 from runtime.policy import Policy  # noqa: F401
 from runtime.run import Run, run_script  # noqa: F401
-from skills import (  # noqa: F401
-    Skill, SkillBank, group_deltas, parse_skill, plain_successes, shown_in_prompt,
-)  # fmt: skip
+from skills import Skill, SkillBank, group_deltas, parse_skill, plain_successes  # noqa: F401
+from skills import shown_in_prompt
 
 # --------------------------------------------------------------------------------------------------
 # Credit: which step of which episode was better than its peers
@@ -400,20 +400,20 @@ def rl_rows(episodes, advantages, config) -> list:
 def find_action_tokens(tokenizer, response_ids) -> list:
     """True for tokens that overlap the text inside <action>...</action> or the closing tag.
 
-    Offsets come from decoding the sampled tokens, one prefix after the other, since a sampled
-    response need not be tokenized as the tokenizer would. No parsable action: all False. Thoughts
-    and EOS are never included.
+    Token ends come from decoding: a sampled response need not be tokenized as the tokenizer would.
+    No parsable action: all False. Thoughts and EOS are never included.
     """
-    prefixes = [response_ids[:i] for i in range(1, len(response_ids) + 1)]
-    texts = tokenizer.batch_decode(prefixes, skip_special_tokens=True) or [""]
-    span = envs.action_span(texts[-1])
+
+    def end(i):  # of token i, in characters
+        return len(tokenizer.decode(response_ids[: i + 1], skip_special_tokens=True))
+
+    span = envs.action_span(tokenizer.decode(response_ids, skip_special_tokens=True))
     if span is None:
         return [False] * len(response_ids)
-    start = span[0]
-    stop = span[1] + len("</action>")
-    ends = [len(text) for text in texts]
-    begins = [0, *ends[:-1]]
-    return [begin < stop and end > start for begin, end in zip(begins, ends)]
+    tokens = range(len(response_ids))
+    first = bisect_right(tokens, span[0], key=end)  # the first that ends behind <action>
+    last = bisect_left(tokens, span[1] + len("</action>"), key=end)
+    return [first <= i <= last for i in tokens]
 
 
 # --------------------------------------------------------------------------------------------------

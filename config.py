@@ -361,7 +361,7 @@ def check(config):
         ("beta2", 0 <= config.beta2 < 1, "0 to below 1"),
     ]
     if config.trust_games and config.engine != "textworld":
-        raise UserError("--trust_games true is for --engine textworld; the fast engine runs no code")
+        raise UserError("--trust_games is for --engine textworld; the fast engine runs no code")
     for name, words in CHOICES.items():
         limits.append((name, getattr(config, name) in words, " or ".join(words)))
     for name, is_right, limit in limits:

@@ -44,6 +44,8 @@ def start(device: str) -> torch.device:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
         if rank():
             sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+    elif device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     return torch.device(device)
 
 

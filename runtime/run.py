@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -48,6 +49,8 @@ def set_up(config) -> torch.device:
         sys.exit()
     dtype_of(config)  # a wrong one ends here, before anything is made
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: choose cpu, cuda or cuda:N")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no CUDA device; use --device cpu")
     device = parallel.start(device)

@@ -217,11 +217,11 @@ closing-tag-left-out
 - span[1] + len("</action>")
 + span[1]
 thoughts-in-the-gate
-- begin < stop and end > start
-+ begin < stop and end > begin
+- first <= i <= last
++ i <= last
 half-a-tag-left-out
-- begin < stop and end > start
-+ start <= begin < stop
+- first <= i <= last
++ first < i <= last
 no-zero-grad
 - policy.optimizer.zero_grad(set_to_none=True)
 + pass
