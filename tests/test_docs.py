@@ -1,5 +1,6 @@
 """What the documents say of the code holds: references, the paper-to-code map, the forks."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
+
+from tools import regime, report, study
 
 SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "runs", "tests"} & set(p.parts)]
 METHOD = (ROOT / "docs" / "method.md").read_text()
@@ -58,6 +61,20 @@ def test_every_logged_name_is_in_the_glossary():
     assert len(logged) > 12
     for name in logged:
         assert f"`{name}`" in glossary, name
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_result_files():
+    readme = (ROOT / "README.md").read_text()
+    demo = json.loads((ROOT / "results" / "demo.json").read_text())
+    for line in report.markdown_table(demo).splitlines():
+        assert line in readme, line
+    assert report.conclusion(demo) in readme
+    rows = json.loads((ROOT / "results" / "regime.json").read_text())
+    assert regime.table(rows) in (ROOT / "results" / "study.md").read_text()
+    for row in rows:
+        if row["variant"] != study.CONTROL:
+            gain = f"{row['curve_gain']:+.3f} ({study.between(row['curve_interval'])})"
+            assert gain in readme, f"{row['study']} {row['variant']}: {gain}"
 
 
 # --- docs/fork.md ---------------------------------------------------------------------------------
