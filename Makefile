@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= tiny-webshop
-FLAGS ?= --env webshop --tasks 8
+FLAGS ?= --env webshop
+EVAL ?= --eval_items 120
 PY = $(VENV)/bin/python
 
 .PHONY: demo demo-household test faults clean
@@ -19,13 +20,13 @@ demo: $(VENV)/installed
 	$(PY) distill.py --run $(RUN) $(FLAGS)
 	$(PY) mine.py --run $(RUN)-control --fork $(RUN) --skill_share 0 $(FLAGS)
 	$(PY) distill.py --run $(RUN)-control --skill_share 0 $(FLAGS)
-	for checkpoint in init warmup mine distill; do $(PY) evaluate.py --run $(RUN) $(FLAGS) --checkpoint $$checkpoint || exit; done
-	$(PY) evaluate.py --run $(RUN) $(FLAGS) --checkpoint mine --skills
-	$(PY) evaluate.py --run $(RUN)-control $(FLAGS)
+	for checkpoint in init warmup mine distill; do $(PY) evaluate.py --run $(RUN) $(FLAGS) $(EVAL) --checkpoint $$checkpoint || exit; done
+	$(PY) evaluate.py --run $(RUN) $(FLAGS) $(EVAL) --checkpoint mine --skills
+	$(PY) evaluate.py --run $(RUN)-control $(FLAGS) $(EVAL)
 	$(PY) -m tools.report --run $(RUN) --control $(RUN)-control
 
 demo-household:
-	$(MAKE) demo RUN=tiny FLAGS=
+	$(MAKE) demo RUN=tiny FLAGS= EVAL=
 
 test: $(VENV)/installed
 	$(PY) -m pytest -q -n 2 tests

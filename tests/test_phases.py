@@ -130,10 +130,10 @@ def test_evaluation_does_not_count_as_a_try_and_uses_active_skills_alone(config,
 def test_all_phases_end_to_end_in_the_embedded_shop_with_internalization(
     tmp_path, monkeypatch, capsys
 ):
-    """`--env webshop` alone selects the catalogue, the policy and the run's name."""
+    """`--env webshop` alone selects the policy and the run's name; here one option a task."""
     flags = SMALL.replace("--max_steps 8", "--max_steps 5").replace("--tasks 2", "--tasks 4")
     once = "--warmup_iterations 1 --distill_iterations 1 --kl_coef 0"
-    run_phases(tmp_path, f"--env webshop {flags} {once}")
+    run_phases(tmp_path, f"--env webshop --data runs/tiny-shop-1 --seed 2 {flags} {once}")
     run = tmp_path / "runs" / "tiny-webshop"
     records = logged(run)
     assert len(records) == 3 and all(r["logprob_gap"] < 1e-3 for r in records if r["rows"])

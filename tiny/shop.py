@@ -19,7 +19,7 @@ from config import PRESETS
 from worlds import webshop
 
 PRESET = PRESETS["tiny-webshop"]  # the lessons show prompts as it makes them
-SHOP = Path(PRESET["data"])
+SHOP = Path("runs/tiny-shop")
 
 OPTIONS = {
     "color": ["red", "blue", "green", "black", "white", "pink", "gray"],
@@ -28,7 +28,7 @@ OPTIONS = {
     "flavor": ["apple", "cherry", "honey", "salt"],
     "pack": ["single", "double", "family"],
 }
-SHOPS = {SHOP: None} | {  # data folder: difficulty, runs/tiny-shop-1 to -5
+SHOPS = {SHOP: None} | {  # data folder: difficulty; runs/tiny-shop-1 to -5
     SHOP.with_name(f"{SHOP.name}-{n}"): n for n in range(1, len(OPTIONS) + 1)
 }
 CATEGORIES = {  # category: (levels above the product, options, attributes, products)
@@ -117,7 +117,7 @@ def make_catalogue(folder: Path, products: int, seed, difficulty=None) -> Path:
 
 
 def write_catalogue(folder: Path = SHOP, difficulty=None) -> Path:
-    """The catalogue of the demo, or of a difficulty (see SHOPS), written once."""
+    """An embedded catalogue (see SHOPS), written once."""
     if not (folder / "items_shuffle.json").exists():
         make_catalogue(folder, 240, seed=0, difficulty=difficulty)
     return folder
