@@ -222,6 +222,9 @@ FREE = (  # may change when a phase is resumed: they change no result, extend it
     "ref_offload",
     "optimizer_offload",
     "max_prompt_tokens",
+    "miner",
+    "miner_model",
+    "miner_timeout",
     "save_every",
     "save_minutes",
     "samples",
@@ -316,7 +319,8 @@ def saved_flags(folder) -> dict:
     {} for a run that has not begun. UserError where the two differ: one of them was damaged.
     """
     path = folder / "config.json"
-    copies = [folder / f"{name}/config.json" for name in ("warmup", "mine", "distill")]
+    phases = [name + end for name in ("warmup", "mine", "distill") for end in ("", ".old")]
+    copies = [folder / phase / "config.json" for phase in phases]
     copies = [copy for copy in copies if copy.exists()]
     try:
         flags = read_json(path)
@@ -328,9 +332,10 @@ def saved_flags(folder) -> dict:
         print(f"{error}; the copy {copies[0]} is used")
         return read_json(copies[0])
     theirs = read_json(copies[0]) if copies else flags
-    for name in theirs:
-        if name not in FREE and (not isinstance(flags, dict) or flags.get(name) != theirs[name]):
-            raise UserError(f"{path} and {copies[0]} differ in {name}: copy the right one over it")
+    for name in SAME:
+        if not isinstance(flags, dict) or flags.get(name) != theirs.get(name):
+            copy = copies[0] if copies else "a config.json"
+            raise UserError(f"{path} and {copy} differ in {name}: copy the right one over it")
     return flags
 
 

@@ -79,7 +79,7 @@ def main():
         # 3. loss and step: L_GiGPO + beta L_KL + lambda(k) L_int
         lambda_k = config.lambda_max * min(1.0, k / config.lambda_iterations)
         if config.hand_off:
-            lambda_k = max(0.0, 1 - (k - 1) / config.lambda_iterations)
+            lambda_k = max(0.0, 1 - (k - 1) / config.lambda_iterations) if internal else 0.0
         losses = common.update(policy, rows + internal, config, run.seed(k), lambda_=lambda_k)
 
         # 4. log and save

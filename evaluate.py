@@ -28,7 +28,7 @@ from common import Policy, SkillBank, UserError, plan_groups, rollout
 from config import flag, write_atomically
 from runtime import parallel, saves
 from runtime.policy import load_policy
-from runtime.run import PHASES, goal_rules, list_items, set_up
+from runtime.run import PHASES, goal_rules, list_items, load_state, set_up
 
 
 @dataclass
@@ -67,7 +67,7 @@ def evaluate(policy, config, items, temperature, seed, bank=None, done=None) -> 
 
     UserError if an item cannot be played.
     """
-    outcomes = read_outcomes(done)
+    outcomes = read_outcomes(done, items)
     for start in range(len(outcomes), len(items), WAVE):
         wave = items[start : start + WAVE]
         skilled = 1 if bank else 0
@@ -95,13 +95,25 @@ def evaluate(policy, config, items, temperature, seed, bank=None, done=None) -> 
     return outcomes
 
 
-def read_outcomes(path) -> list:
-    """What an interrupted evaluation left, whole waves only."""
+def read_outcomes(path, items) -> list:
+    """The whole waves that an interrupted evaluation of these items left; the file then has no more
+    than these. None of it where it is not what this evaluation would have written.
+    """
     if path is None or not path.exists():
         return []
     lines = path.read_text().split("\n")[:-1]  # a kill may have left half of the last line
-    outcomes = [Outcome(**json.loads(line)) for line in lines]
-    return outcomes[: len(outcomes) // WAVE * WAVE]
+    lines = lines[: len(lines) // WAVE * WAVE]
+    try:
+        outcomes = [Outcome(**json.loads(line)) for line in lines]
+    except (ValueError, TypeError):
+        outcomes = []
+    if [outcome.item for outcome in outcomes] != items[: len(outcomes)]:
+        outcomes = []
+    if parallel.rank() == 0:
+        kept = "".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes)
+        write_atomically(path, kept)
+    parallel.wait()
+    return outcomes
 
 
 def wilson(successes: int, n: int) -> tuple:
@@ -156,6 +168,12 @@ def choose_checkpoint(config, choice) -> tuple:
     return path, SkillBank.load(saves.find(root, folder.name) or folder, config)
 
 
+def iteration_of(path):
+    """After which iteration of its phase a checkpoint was saved; None for any other model."""
+    folder = Path(path).parent
+    return load_state(folder)["iteration"] if (folder / saves.MANIFEST).exists() else None
+
+
 def choose_items(config, choice, split) -> list:
     """The items of the split. UserError if one of them was trained on."""
     items = list_items(config, split)
@@ -180,9 +198,9 @@ def waves_file(out, config, choice, items, path, bank) -> Path:
     settings and skills; after any change the name is another one.
     """
     model = saves.files_of(Path(path)) if Path(path).is_dir() else str(path)
-    skills = [(s.bucket, s.condition, s.strategy, s.utility) for s in bank.skills] if bank else None
-    rules = [config.max_steps, config.history, config.top_k, config.played_by, config.dtype]
-    identity = [model, items, skills, rules, choice.eval_temperature, choice.eval_seed]
+    skills = [asdict(skill) for skill in bank.skills] if bank else None
+    flags = {name: value for name, value in asdict(config).items() if name not in ("run", "device")}
+    identity = [model, items, skills, flags, choice.eval_temperature, choice.eval_seed]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     out.parent.mkdir(parents=True, exist_ok=True)
     return out.with_name(f"{out.stem}-{key}.waves")
@@ -194,7 +212,6 @@ def main():
     split = choice.eval_split or envs.world(config.env).EVAL_SPLIT
     items = choose_items(config, choice, split)
     path, bank = choose_checkpoint(config, choice)
-    policy = Policy(*load_policy(path, config, device, trainable=False))
     name = choice.checkpoint
     label = name.strip("/").replace("/", "-") + ("-skills" if bank else "")
     suffix = f"T{choice.eval_temperature:g}-s{choice.eval_seed}"
@@ -202,6 +219,7 @@ def main():
     default = Path("runs") / config.run / f"eval-{split}-{label}-{suffix}.json"
     out = Path(choice.out) if choice.out else default
     done = waves_file(out, config, choice, items, path, bank)
+    policy = Policy(*load_policy(path, config, device, trainable=False))
     outcomes = evaluate(
         policy, config, items, choice.eval_temperature, choice.eval_seed, bank, done
     )
@@ -223,14 +241,14 @@ def main():
         "seed": choice.eval_seed,
         "split": split,
         "digest": items_digest,
+        "iteration": iteration_of(path),
         "temperature": choice.eval_temperature,
         "results": results,
         "items": {outcome.item: outcome.success for outcome in outcomes},
     }
     if parallel.rank() == 0:
         write_atomically(out, json.dumps(record, indent=1))
-        for left in out.parent.glob(f"{out.stem}-*.waves"):
-            left.unlink()
+        done.unlink(missing_ok=True)
     print(f"written to {out}")
 
 

@@ -37,7 +37,8 @@ def refuse(policy, batch, log, norm, config):
     if policy.refused == MOST:
         raise UserError(
             f"{MOST} steps in a row had a loss or gradient that is not finite; the last save stays."
-            f" Look at the rows in {path} (torch.load), lower --lr, then the same command goes on"
+            f" Look at the rows in {path} (torch.load); begin the phase anew with a lower --lr, or "
+            "fork it"
         )
 
 

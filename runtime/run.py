@@ -35,7 +35,7 @@ from config import (
 )  # fmt: skip
 from runtime import memory, parallel, saves
 from runtime.policy import Policy, dtype_of, load_policy, load_reference, make_optimizer
-from skills import group_deltas
+from skills import group_deltas, shown_in_prompt
 
 
 PHASES = ("warmup", "mine", "distill")
@@ -199,9 +199,12 @@ class Run:
         phases before have logged.
         """
         path = self.root / "config.json"
-        begun = [phase for phase in PHASES if list(self.root.glob(f"{phase}*"))]
-        if not path.exists() or self.phase == "warmup" and not begun:
+        saved = [self.root / f"{phase}{end}" for phase in PHASES for end in ("", ".old")]
+        copies = [folder / "config.json" for folder in saved if folder.exists()]
+        if not copies:
             write_atomically(path, json.dumps(asdict(self.config), indent=2))
+        elif not path.exists():
+            shutil.copy(copies[0], path)
         theirs = Path("runs") / self.config.fork / "metrics.jsonl"
         ours = self.root / "metrics.jsonl"
         if self.config.fork and theirs.exists() and not ours.exists():
@@ -358,7 +361,7 @@ class Run:
         deltas = group_deltas(episodes)
         with open(self.root / "episodes.jsonl", "a") as file:
             for i in choose_shown(episodes, self.config.samples, iteration):
-                transcript = readable(episodes[i], advantages[i], deltas)
+                transcript = readable(episodes[i], advantages[i], deltas, self.config)
                 file.write(json.dumps(where | transcript) + "\n")
         tqdm.write(f"{self.phase} {iteration:>3}  {line}")
 
@@ -415,7 +418,7 @@ def choose_shown(episodes, count, seed) -> list:
     return turns[:count]
 
 
-def readable(episode, advantages, deltas) -> dict:
+def readable(episode, advantages, deltas, config) -> dict:
     """A transcript for episodes.jsonl; tools/report.py shows it."""
     steps = []
     for step, advantage in zip(episode.steps, advantages, strict=True):
@@ -427,6 +430,6 @@ def readable(episode, advantages, deltas) -> dict:
         "task": episode.task,
         "success": episode.success,
         "delta": deltas.get(episode.group),
-        "skills": [f"when {s.condition}: {s.strategy}" for s in episode.skills],
+        "skills": ["when {}: {}".format(*shown_in_prompt(s, config)) for s in episode.skills],
         "steps": steps,
     }

@@ -83,7 +83,8 @@ def find(root: Path, phase: str, set_aside=False):
     set_aside   move a damaged one to <phase>.damaged, so that the next save does not replace the
                 good one before it
 
-    UserError when there are saves, and all are damaged.
+    UserError when there are saves, and all are damaged. One without a manifest, from before there
+    were any, is used where there is no other.
     """
     newest = root / phase
     before = root / f"{phase}.old"
@@ -100,6 +101,9 @@ def find(root: Path, phase: str, set_aside=False):
                 shutil.rmtree(damaged, ignore_errors=True)
                 newest.rename(damaged)
             return before
+    if (newest / "state.pt").exists() and not (newest / MANIFEST).exists():
+        print(f"{newest} has no {MANIFEST} and cannot be checked; it is used as it is")
+        return newest
     if problems:
         remedy = f"delete {newest} and {before} to begin the phase anew"
         raise UserError(f"{'; '.join(problems)}: no whole save of {phase} is left; {remedy}")

@@ -33,7 +33,9 @@ def run(tmp_path, monkeypatch):
         lines.append(where | {"skills": skills, "success": success, "steps": steps})
     (root / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     counts = {"n": 10, "solved": 7, "success": 0.7, "low": 0.4, "high": 0.9, "score": 0.8}
-    record = {"checkpoint": EVIL, "skills": False, "results": {"all": counts}}
+    record = {"checkpoint": EVIL, "skills": False, "results": {"all": counts}, "seed": 0}
+    record |= {"split": "test", "digest": "d", "temperature": 0.4}
+    record["items"] = {f"{EVIL}{n}": n < 7 for n in range(10)}
     (root / "eval-test-distill-T0.4-s0.json").write_text(json.dumps(record))
     return root
 
@@ -52,13 +54,35 @@ def test_the_distilled_action_is_marked_and_no_other(run):
     assert 'title="w = 0.50"' in marked and "&lt;/action&gt;" in marked and "think" not in marked
 
 
-def test_the_table_says_whether_the_control_differs(run):
-    (run.parent / "c").mkdir()
-    for name in ("metrics.jsonl", "eval-test-distill-T0.4-s0.json"):
-        (run.parent / "c" / name).write_text((run / name).read_text())
+def test_marks_follow_the_ablations_of_the_run(run):
+    config = json.loads((run / "config.json").read_text())
+    step = {"said": "<think>a</think><action>b</action>", "advantage": 4.0}
+    assert report.weight_of(step, config) == 1.0
+    assert report.weight_of(step, config | {"normalize_std": False}) == 0.4  # in rewards of 10
+    assert report.weight_of({"advantage": -1}, config) == 0
+    assert report.weight_of({"advantage": -1}, config | {"internalize_weight": "one"}) == 1
+    record = {"phase": "distill", "skills": ["s"], "delta": -0.5}
+    assert not report.is_gated(record, config)
+    assert report.is_gated(record, config | {"internalize_gate": "none"})
+    assert not report.is_gated(record | {"delta": 0.5}, config | {"lambda_max": 0})
+    whole = report.response(step, config | {"internalize_tokens": "response"}, True)
+    assert whole.startswith("<mark")
+
+
+def test_run_and_control_are_compared_on_the_same_panel_without_skills(run):
+    control = run.parent / "c"
+    control.mkdir()
+    name = "eval-test-distill-T0.4-s0.json"
+    record = json.loads((run / name).read_text())
+    (control / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    skilled = json.dumps(record | {"skills": True})
+    (run / "eval-test-distill-skills-T0.4-s0.json").write_text(skilled)
+    (control / name).write_text(json.dumps(record | {"digest": "another"}))
+    assert report.conclusion(report.evaluations("r", "c")) == ""
+    record["items"] = {item: False for item in record["items"]}
+    (control / name).write_text(json.dumps(record))
     rows = report.evaluations("r", "c")
-    assert [row["episodes"] for row in rows] == [8, 8]
-    assert "+0.000: no difference" in report.conclusion(rows)
-    rows[1] |= {"success": 0.1, "high": 0.2}
-    assert "+0.600: their intervals do not overlap" in report.conclusion(rows)
+    assert [row["episodes"] for row in rows] == [8, 8, 8]
+    said = report.conclusion(rows)
+    assert "+0.700 (95% over the items: +0.400 to +" in said, said
     assert "| after `distill.py`: SIRI | 8 | 7 of 10 | 0.700 |" in report.markdown_table(rows)

@@ -81,7 +81,7 @@ def measure(config, count) -> str:
         guided = successes(policy, config, items[skill.bucket], (skill,))
         effect = guided.mean() - base.mean()
         error = math.sqrt(guided.var() / len(guided) + base.var() / len(base))
-        right = [(delta > 0) == (effect > 0) for delta in skill.deltas]
+        right = [delta * effect > 0 for delta in skill.deltas]
         groups += right
         verdicts.append(verdict_is_right(skill, effect, config))
         cells = [skill.status, f"{skill.utility:+.2f}", str(skill.n)]

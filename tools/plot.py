@@ -68,7 +68,7 @@ def draw(root: Path, out: Path, control: Path | None = None):
     draw_evaluations(success, root, ends)
     if control:
         draw_control(success, control)
-    success.legend(loc="lower right", **LEGEND)
+    success.legend(loc="upper left", **LEGEND)
     draw_delta(delta, records)
     draw_skills(counts, records)
     share = draw_internalization(weight, records)

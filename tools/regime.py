@@ -9,8 +9,8 @@ results/regime.md (one table), .png (one panel for each study) and .json (the nu
 |---------------|----------------------------------------------------------------------------------|
 | rare          | success of the plain policy at T = 1 in the first iteration of warm-up           |
 | contrast      | groups of that iteration in which some members succeed and some fail             |
-| curve, end    | difference with the control, paired by seeds and items, 95% hierarchical         |
-|               | bootstrap: mean success over the episodes after the warm-up; at the end          |
+| curve, end    | difference with the control, paired by seeds and items, 95% bootstrap of both:   |
+|               | mean success over the episodes after the warm-up; at the end                     |
 | to 0.8        | episodes until success 0.8 on held-out items, linear between evaluations, mean   |
 |               | over seeds; a seed that does not get there counts with its last episode          |
 """

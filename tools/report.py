@@ -16,10 +16,12 @@ import json
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 import envs
 from config import UserError, read_json, read_jsonl, write_atomically
 from runtime.run import run_script
-from tools import plot
+from tools import plot, study
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1100px; margin: 2rem auto;
@@ -67,26 +69,30 @@ def html_table(head, rows) -> str:
     return "\n".join([*lines, "</table>"])
 
 
+SIRI = "after `distill.py`: SIRI"
+CONTROL = "the control: GiGPO, equal episodes"
 NAMES = {  # of checkpoints in a table
     "init": "imitation policy (before)",
     "warmup": "after `warmup.py`",
     "mine": "after `mine.py`",
-    "distill": "after `distill.py`: SIRI",
+    "distill": SIRI,
 }
 
 
 def evaluations(name, control="") -> list:
-    """A dict for each evaluation of a run's checkpoints, and the last one's of its control."""
+    """A dict for each evaluation of a run's checkpoints, and those of its control's end."""
     rows = []
     for run in filter(None, (name, control)):
+        logged = read_jsonl(Path("runs") / run / "metrics.jsonl")
         for checkpoint in NAMES if run == name else ["distill"]:
             for path in sorted((Path("runs") / run).glob(f"eval-*-{checkpoint}-*T*.json")):
                 record = read_json(path)
-                label = NAMES[checkpoint] if run == name else "the control: GiGPO, equal episodes"
+                label = NAMES[checkpoint] if run == name else CONTROL
                 label += ", skills in the prompt" if record["skills"] else ""
-                last = read_jsonl(Path("runs") / run / "metrics.jsonl")
-                ends = [0] + [x["episodes_so_far"] for x in last if x["phase"] == checkpoint]
-                rows.append({"name": label, "episodes": ends[-1]} | record["results"]["all"])
+                ends = [0] + [x["episodes_so_far"] for x in logged if x["phase"] == checkpoint]
+                panel = [record[key] for key in ("split", "digest", "temperature", "seed")]
+                row = {"name": label, "episodes": ends[-1], "panel": panel}
+                rows.append(row | record["results"]["all"] | {"items": record["items"]})
     return rows
 
 
@@ -109,14 +115,17 @@ def markdown_table(rows) -> str:
 
 
 def conclusion(rows) -> str:
-    """What the last evaluations of the run and of its control say together."""
-    siri, control = ([r for r in rows if r["name"].startswith(s)] for s in ("after `dis", "the c"))
-    if not siri or not control:
-        return ""
-    difference = siri[-1]["success"] - control[-1]["success"]
-    apart = siri[-1]["low"] > control[-1]["high"] or siri[-1]["high"] < control[-1]["low"]
-    verdict = "their intervals do not overlap" if apart else "no difference that one seed can show"
-    return f"SIRI - GiGPO at equal episodes: {difference:+.3f}: {verdict}."
+    """What the ends of the run and of its control say together: plain prompt, the same panel."""
+    by_name = {name: [row for row in rows if row["name"] == name] for name in (SIRI, CONTROL)}
+    for siri in by_name[SIRI]:
+        for control in by_name[CONTROL]:
+            if siri["panel"] == control["panel"]:
+                items = sorted(siri["items"])
+                gains = [siri["items"][i] - control["items"][i] for i in items]
+                low, high = study.interval(np.array([gains], float))
+                mean = f"{np.mean(gains):+.3f} (95% over the items: {low:+.3f} to {high:+.3f})"
+                return f"SIRI - GiGPO at equal episodes: {mean}. One seed."
+    return ""
 
 
 def life(deltas) -> str:
@@ -152,36 +161,54 @@ def skill_lives(root) -> str:
     return html_table(["", "skill", "utility u", "evaluations", "every Δ_g"], rows)
 
 
-def response(step, clip, is_distilled) -> str:
+def weight_of(step, config) -> float:
+    """w of a step whose gate is open, as `distill.internalization_rows` and L_int make it."""
+    if config["internalize_weight"] == "one":
+        return min(1.0, config["advantage_clip"])
+    sigma_A = 1.0 if config["normalize_std"] else config["success_reward"]
+    return min(max(step.get("advantage", 0) / sigma_A, 0), config["advantage_clip"])
+
+
+def is_gated(record, config) -> bool:
+    """Whether phase 2 distilled this episode."""
+    delta = record.get("delta") or 0
+    opened = delta > 0 or config["internalize_gate"] == "none"
+    acts = config["lambda_max"] > 0 or config["hand_off"]
+    return bool(record["skills"]) and record["phase"] == "distill" and opened and acts
+
+
+def response(step, config, is_distilled) -> str:
     """The response; where phase 2 distills the step, its action is marked by its weight."""
     said = step["said"]
     span = envs.action_span(said)
-    weight = min(max(step.get("advantage", 0), 0), clip) / clip
+    weight = weight_of(step, config)
     if not is_distilled or span is None or weight == 0:
         return escape(said)
     start = span[0]
     stop = span[1] + len("</action>")
-    color = f"rgba(217, 130, 43, {0.15 + 0.6 * weight:.2f})"
-    mark = f'<mark style="background: {color}" title="w = {weight * clip:.2f}">'
+    if config["internalize_tokens"] == "response":
+        start = 0
+        stop = len(said)
+    color = f"rgba(217, 130, 43, {0.15 + 0.6 * weight / config['advantage_clip']:.2f})"
+    mark = f'<mark style="background: {color}" title="w = {weight:.2f}">'
     return f"{escape(said[:start])}{mark}{escape(said[start:stop])}</mark>{escape(said[stop:])}"
 
 
-def episode(record, clip) -> str:
+def episode(record, config) -> str:
     skills = "".join(f'<p class="skill">{escape(skill)}</p>' for skill in record["skills"])
-    is_distilled = bool(record["skills"]) and record["phase"] == "distill"
-    is_distilled = is_distilled and (record.get("delta") or 0) > 0
+    is_distilled = is_gated(record, config)
     end = '<span class="solved">solved</span>' if record["success"] else ""
     end = end or '<span class="failed">not solved</span>'
     parts = [f"<div><b>{'With the skill' if skills else 'Plain prompt'}</b>, {end}{skills}"]
     for step in record["steps"]:
         seen = escape(step["saw"][:SEEN_CHARS])
-        said = response(step, clip, is_distilled)
+        said = response(step, config, is_distilled)
         parts.append(f'<div class="step"><div class="saw">{seen}</div>')
         parts.append(f'<div class="said">{said}</div></div>')
     return "".join([*parts, "</div>"])
 
 
-def pairs(root, most, clip) -> str:
+def pairs(root, most, config) -> str:
     """Up to `most` iterations in which both arms of a game were written out, spread over the run;
     those first where the arms came out differently.
     """
@@ -204,7 +231,7 @@ def pairs(root, most, clip) -> str:
         effect = "" if delta is None else f", Δ_g = {delta:+.2f}"
         parts.append(f"<h3>{escape(phase)} {iteration}{effect}</h3>")
         parts.append(f"<p>{escape(arms[True]['task'])}</p>")
-        halves = episode(arms[True], clip) + episode(arms[False], clip)
+        halves = episode(arms[True], config) + episode(arms[False], config)
         parts.append(f'<div class="pair">{halves}</div>')
     return "\n".join(parts)
 
@@ -231,9 +258,7 @@ def run_page(name, control, most) -> str:
     sections["Evaluations"] += f"<p>{escape(conclusion(rows))}</p>"
     sections["Curves"] = picture(root / "plot.png")
     sections["Skills and their lives"] = skill_lives(root)
-    sections["The same game with the skill and without"] = pairs(
-        root, most, config["advantage_clip"]
-    )
+    sections["The same game with the skill and without"] = pairs(root, most, config)
     sections["Flags"] = f"<pre>{escape(json.dumps(config, indent=1))}</pre>"
     return page(f"SIRI run {name}", sections)
 
@@ -278,7 +303,9 @@ def main():
         text = run_page(args.run, args.control, args.pairs)
         rows = evaluations(args.run, args.control)
         print(f"{markdown_table(rows)}\n\n{conclusion(rows)}")
-        write_atomically(Path("runs") / args.run / "table.json", json.dumps(rows, indent=1))
+        record = {"rows": [{k: row[k] for k in row if k != "items"} for row in rows]}
+        record["conclusion"] = conclusion(rows)
+        write_atomically(Path("runs") / args.run / "table.json", json.dumps(record, indent=1))
     else:
         text = study_page(args.studies.split(","))
     out = Path(args.out or (f"runs/{args.run}/report.html" if args.run else "results/report.html"))

@@ -14,7 +14,7 @@ Writes results/study-<name>.md (a table: mean over seeds, 95% interval, paired d
 control) and .png (held-out success against episodes, mean and spread of the seeds), .json (every
 item of every evaluation).
 
-The intervals are a hierarchical bootstrap: seeds are drawn with repetition, then items within them.
+The intervals are a bootstrap of both: seeds are drawn with repetition, and the items of the panel.
 Differences are paired: the same seeds and items for the variant and for the control.
 """
 
@@ -218,14 +218,14 @@ def matrix(curves, point) -> np.ndarray:
 
 
 def interval(values, draws=2000, seed=0) -> tuple:
-    """95% interval of the mean of [seeds, items] by a hierarchical bootstrap."""
+    """95% interval of the mean of [seeds, items], both drawn with repetition."""
     rng = np.random.default_rng(seed)
     n_seeds, n_items = values.shape
     means = []
     for _ in range(draws):
         seeds = rng.integers(n_seeds, size=n_seeds)
-        items = rng.integers(n_items, size=(n_seeds, n_items))
-        means.append(np.take_along_axis(values[seeds], items, axis=1).mean())
+        items = rng.integers(n_items, size=n_items)  # all seeds have the same panel
+        means.append(values[np.ix_(seeds, items)].mean())
     return tuple(np.percentile(means, [2.5, 97.5]))
 
 

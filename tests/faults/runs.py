@@ -115,16 +115,19 @@ def said(folder) -> str:
     return (folder / "out.txt").read_text(errors="replace")
 
 
-def digest(folder, phase) -> str:
-    """Of everything a phase left: weights, skills, transcripts, metrics without times."""
+def digest(folder, phase, logs=True) -> str:
+    """Of everything a phase left: weights, skills, and with `logs` transcripts and metrics without
+    times.
+    """
     root = folder / "runs" / "r"
     parts = [(root / phase / "model" / "model.safetensors").read_bytes()]
     state = torch.load(root / phase / "state.pt", weights_only=True)
     parts.append(repr(sorted(state["optimizer"]["state"].items())).encode())
+    parts.append(json.dumps(state.get("successes")).encode())
     if (root / phase / "skills.jsonl").exists():
         parts.append((root / phase / "skills.jsonl").read_bytes())
-    parts.append((root / "episodes.jsonl").read_bytes())
-    for record in read_jsonl(root / "metrics.jsonl"):
+    parts.append((root / "episodes.jsonl").read_bytes() if logs else b"")
+    for record in read_jsonl(root / "metrics.jsonl") if logs else []:
         timeless = {name: value for name, value in record.items() if name not in TIMES}
         parts.append(json.dumps(timeless).encode())
     return hashlib.sha256(b"\n".join(parts)).hexdigest()[:16]
