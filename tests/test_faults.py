@@ -156,6 +156,7 @@ def test_good_steps_beside_a_refused_one_are_taken(
     config.minibatch_rows = len(broken_rows) // 2
     metrics = common.update(trainer, broken_rows, config, 0)
     assert (metrics["refused_steps"], metrics["optimizer_steps"]) == (1, 1)
+    assert trainer.moved and trainer.refused <= 1
     assert torch.isfinite(weights_of(trainer)).all() and math.isfinite(metrics["loss"])
 
 

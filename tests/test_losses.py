@@ -262,7 +262,8 @@ def test_kl_internalization_has_the_gradient_of_the_divergence_from_the_skill_pr
     steps = [s for e in paired_episodes for s in e.steps]
     for row, step in zip(rows, steps):
         row.skill_ids = step.prompt_ids
-        row.action_mask = [True] * len(row.response_ids)
+        row.response_ids = list(range(300, 308))  # improbable: the prompts differ at every token
+        row.action_mask = [i >= 3 for i in range(8)]
     config.internalize_loss = "kl"
     config.temperature = 0.7
     model = policy.model
@@ -271,7 +272,7 @@ def test_kl_internalization_has_the_gradient_of_the_divergence_from_the_skill_pr
     measured = flat_gradient(model)
 
     model.zero_grad()
-    tokens = sum(len(row.response_ids) for row in rows)
+    tokens = sum(len(row.response_ids) - 3 for row in rows)
     loss = 0
     for row in rows:
         distributions = []
@@ -280,7 +281,7 @@ def test_kl_internalization_has_the_gradient_of_the_divergence_from_the_skill_pr
             log_p = (logits / config.temperature).log_softmax(-1)
             distributions.append(log_p[len(prompt) - 1 :])
         teacher, student = distributions
-        kl = (teacher.detach().exp() * (teacher.detach() - student)).sum()
+        kl = (teacher.detach().exp() * (teacher.detach() - student))[3:].sum()
         loss += 0.5 * min(max(row.advantage, 0), config.advantage_clip) * kl / tokens
     loss.backward()
     torch.testing.assert_close(measured, flat_gradient(model), atol=2e-6, rtol=1e-3)

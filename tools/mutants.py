@@ -525,7 +525,7 @@ half-of-the-world-gone-unsaid
 @ common.py: tests/test_faults.py -k "finite or refused"
 step-without-moved
 - policy.moved = True
-+ policy.moved = True; policy.refused = 9
++ policy.moved = False
 @ runtime/saves.py: tests/test_faults.py -k "two_saves or damaged_save or whole_save or last_two"
 flipped-bit-unseen
 - if sha256(path) != digest:
@@ -541,8 +541,8 @@ only-one-save
 + shutil.rmtree(folder)
 @ evaluate.py: tests/test_faults.py -k evaluation
 half-a-wave-counts
-- outcomes[: len(outcomes) // WAVE * WAVE]
-+ outcomes
+- lines[: len(lines) // WAVE * WAVE]
++ lines
 item-left-out
 - if len(episodes) < len(wave):
 + if False:
