@@ -260,29 +260,30 @@ def test_kl_internalization_has_the_gradient_of_the_divergence_from_the_skill_pr
     """KL(pi(. | xs_t, y_<) || pi(. | x_t, y_<)) at the gated tokens, the first one held fixed."""
     rows = [row for row in mixed_rows if row.internalize]
     steps = [s for e in paired_episodes for s in e.steps]
-    for row, step in zip(rows, steps):
-        row.skill_ids = step.prompt_ids
-        row.response_ids = list(range(300, 308))  # improbable: the prompts differ at every token
-        row.action_mask = [i >= 3 for i in range(8)]
     config.internalize_loss = "kl"
     config.temperature = 0.7
     model = policy.model
-    model.zero_grad()
-    common.backward(model, rows, config, 0.5, policy.tokenizer.pad_token_id)
-    measured = flat_gradient(model)
 
-    model.zero_grad()
-    tokens = sum(len(row.response_ids) - 3 for row in rows)
-    loss = 0
-    for row in rows:
+    def divergences(row):  # at each response token
         distributions = []
         for prompt in (row.skill_ids, row.prompt_ids):
             logits = model(torch.tensor([prompt + row.response_ids])).logits[0, :-1]
             log_p = (logits / config.temperature).log_softmax(-1)
             distributions.append(log_p[len(prompt) - 1 :])
         teacher, student = distributions
-        kl = (teacher.detach().exp() * (teacher.detach() - student))[3:].sum()
-        loss += 0.5 * min(max(row.advantage, 0), config.advantage_clip) * kl / tokens
+        return (teacher.detach().exp() * (teacher.detach() - student)).sum(-1)
+
+    for row, step in zip(rows, steps):  # one token of each is gated: where the skill says most
+        row.skill_ids = step.prompt_ids
+        most = int(divergences(row).argmax())
+        row.action_mask = [i == most for i in range(len(row.response_ids))]
+    model.zero_grad()
+    common.backward(model, rows, config, 0.5, policy.tokenizer.pad_token_id)
+    measured = flat_gradient(model)
+
+    model.zero_grad()
+    weights = [0.5 * min(max(row.advantage, 0), config.advantage_clip) / len(rows) for row in rows]
+    loss = sum(weight * divergences(row).max() for weight, row in zip(weights, rows))
     loss.backward()
     torch.testing.assert_close(measured, flat_gradient(model), atol=2e-6, rtol=1e-3)
     assert measured.abs().max() > 1e-5
