@@ -30,6 +30,8 @@ def damages(data: bytes) -> dict:
         "emptied": b"",
         "cut in half": data[:middle],
         "a bit flipped": data[:middle] + flipped + data[middle + 1 :],
+        "one byte less": data[:-1],
+        "another first byte": bytes([data[0] ^ 1]) + data[1:] if data else b"",
         "zeros at the end": data[: -len(data) // 4 or 1] + bytes(len(data) // 4),
         "something appended": data + b"\x00{",
     }
@@ -107,12 +109,13 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--every", type=int, default=1, help="take every so many-th case")
+    parser.add_argument("--first", type=int, default=0, help="from this one on")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = runs.prepare(Path(name) / "whole")
         kills.unbroken(folder)
         results = {"same": 0, "refused": 0}
-        chosen = cases(kills.before(folder, "distill"))[:: args.every]
+        chosen = cases(kills.before(folder, "distill"))[args.first :: args.every]
         silent = []
         for file, damage in chosen:
             was_said, result = try_case(folder, file, damage)
