@@ -65,7 +65,8 @@ def try_case(folder, name, damage) -> tuple:
     for _ in range(4):  # distill, the script it asks for, distill, ...
         code = runs.run("distill", copy)
         text = runs.said(copy)
-        was_said |= name in text or path.name in text
+        # a flip in the manifest is said of the file that no longer agrees with it
+        was_said |= path.name in text or "the save before it" in text
         if "Traceback" in text:
             return was_said, f"traceback: {text.strip().splitlines()[-1]}"
         if code == 0:
