@@ -254,6 +254,7 @@ AT_LEAST_ONE = (
 )
 
 
+PHASES = ("warmup", "mine", "distill")
 CHOICES = {
     "baseline": ("steps", "episodes"),
     "internalize_tokens": ("action", "response"),
@@ -313,15 +314,19 @@ def check_name(flag_name, run):
         raise UserError(f"--{flag_name} {run!r}: use letters, digits, . _ and -, and not {taken}")
 
 
+def copies_of_flags(folder) -> list:
+    """The config.json of each save of a run, the first phase first."""
+    saves = [folder / f"{phase}{end}" for phase in PHASES for end in ("", ".old")]
+    return [save / "config.json" for save in saves if (save / "config.json").exists()]
+
+
 def saved_flags(folder) -> dict:
     """The flags of a run: its config.json, or where that is lost the copy in its first save.
 
     {} for a run that has not begun. UserError where the two differ: one of them was damaged.
     """
     path = folder / "config.json"
-    phases = [name + end for name in ("warmup", "mine", "distill") for end in ("", ".old")]
-    copies = [folder / phase / "config.json" for phase in phases]
-    copies = [copy for copy in copies if copy.exists()]
+    copies = copies_of_flags(folder)
     try:
         flags = read_json(path)
     except UserError as error:

@@ -25,10 +25,10 @@ import numpy as np
 import common
 import envs
 from common import Policy, SkillBank, UserError, plan_groups, rollout
-from config import flag, write_atomically
+from config import PHASES, flag, write_atomically
 from runtime import parallel, saves
 from runtime.policy import load_policy
-from runtime.run import PHASES, goal_rules, list_items, load_state, set_up
+from runtime.run import goal_rules, list_items, load_state, set_up
 
 
 @dataclass
@@ -197,7 +197,11 @@ def waves_file(out, config, choice, items, path, bank) -> Path:
     """Where the waves of this very evaluation are kept until it is whole: same model, items,
     settings and skills; after any change the name is another one.
     """
-    model = saves.files_of(Path(path)) if Path(path).is_dir() else str(path)
+    manifest = Path(path).parent / saves.MANIFEST  # of a save, whose files were hashed just now
+    if manifest.exists():
+        model = manifest.read_text()
+    else:
+        model = saves.files_of(Path(path)) if Path(path).is_dir() else str(path)
     skills = [asdict(skill) for skill in bank.skills] if bank else None
     flags = {name: value for name, value in asdict(config).items() if name not in ("run", "device")}
     identity = [model, items, skills, flags, choice.eval_temperature, choice.eval_seed]

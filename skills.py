@@ -38,8 +38,6 @@ INSTANCE = re.compile(
 
 
 STATUSES = ("candidate", "active", "retired")
-
-
 @dataclass(eq=False)
 class Skill:
     """A condition-strategy pair and its record."""

@@ -31,14 +31,12 @@ from tqdm import tqdm
 
 import envs
 from config import (
-    FREE, PRESETS, UserError, other_config, read_json, read_jsonl, write_atomically,
+    FREE, PHASES, PRESETS, UserError, copies_of_flags, other_config, read_json, read_jsonl,
+    write_atomically,
 )  # fmt: skip
 from runtime import memory, parallel, saves
 from runtime.policy import Policy, dtype_of, load_policy, load_reference, make_optimizer
 from skills import group_deltas, shown_in_prompt
-
-
-PHASES = ("warmup", "mine", "distill")
 
 
 def set_up(config) -> torch.device:
@@ -199,8 +197,7 @@ class Run:
         phases before have logged.
         """
         path = self.root / "config.json"
-        saved = [self.root / f"{phase}{end}" for phase in PHASES for end in ("", ".old")]
-        copies = [folder / "config.json" for folder in saved if folder.exists()]
+        copies = copies_of_flags(self.root)
         if not copies:
             write_atomically(path, json.dumps(asdict(self.config), indent=2))
         elif not path.exists():

@@ -37,7 +37,7 @@ def items_of_buckets(config, buckets, count) -> dict:
     """bucket -> `count` training items of it, spread over the split."""
     found = {bucket: [] for bucket in buckets}
     items = list_items(config, config.split)
-    step = max(1, len(items) // 997) if len(items) > 997 else 1
+    step = max(1, len(items) // 997)
     for start in range(step):
         for item in items[start::step]:
             bucket = envs.make_env(config.env, item, config.played_by).reset().task_type
