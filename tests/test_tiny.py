@@ -3,16 +3,19 @@
 import json
 import random
 import re
+import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 import envs
 from config import UserError
 from runtime.policy import SHIPPED
 from skills import parse_skill
-from tiny import household, shop
-from tiny.imitate import encode, train_policy, train_tokenizer
+from tiny import household, imitate, shop
+from tiny.imitate import Lessons, train_policy
+from tiny.scratch import train_tokenizer
 from worlds import alfworld
 
 
@@ -73,14 +76,14 @@ def test_lessons_of_a_data_folder_show_its_training_games_only(games):
     shown = {p.split("You observe: ")[1].split("\nAdmissible actions")[0] for p in shown}
     assert len(shown) > 6 and shown <= first
 
-    drawn = household.training_games(games, random.Random(0))
+    drawn = household.games_of(games, random.Random(0))
     drawn = [next(drawn) for _ in range(12)]
     assert {game.path for game in drawn} == set(train)
     assert len({game.task_type for game in drawn[:6]}) == 6  # the task types in turns
 
 
 def test_a_demonstrator_who_knows_solves_the_games_of_a_data_folder(games):
-    drawn = household.training_games(games, random.Random(0))
+    drawn = household.games_of(games, random.Random(0))
     usual = household.usual_places([next(drawn) for _ in range(12)])
     rng = random.Random(0)
     wins = 0
@@ -122,23 +125,120 @@ def test_the_search_leaves_out_what_never_holds_the_object(games):
 def test_short_tokens_spell_the_same_text():
     texts = [prompt + answer for prompt, answer in household.lessons(300, seed=3)]
     long, short = train_tokenizer(texts), train_tokenizer(texts, short=True)
-    ids = encode(short, texts)
-    assert [short.decode(row) for row in ids] == texts
-    assert sum(map(len, ids)) < 0.8 * sum(map(len, encode(long, texts)))
+    ids = [tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in (long, short)]
+    assert [short.decode(row) for row in ids[1]] == texts
+    assert sum(map(len, ids[1])) < 0.8 * sum(map(len, ids[0]))
 
 
-def test_a_data_folder_for_the_shop_is_a_clear_error(tmp_path):
-    with pytest.raises(UserError, match="leave it out"):
-        train_policy(tmp_path, world="webshop", data="x")
+# --- imitation ------------------------------------------------------------------------------------
+
+
+def lessons(out, **changes):
+    small = {"seed": 1, "count": 96, "hidden": 32, "layers": 1}
+    return Lessons(out=str(out), **small | changes)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("", "--out"),
+        ("--out x --world shop", "webshop"),
+        ("--out x --world webshop --data y", "leave it out"),
+        ("--out x --start y --model z", "not both"),
+        ("--out x --modle y", "did you mean --model"),
+        ("--out x --count 0", "1 at least"),
+    ],
+)
+def test_flags_that_do_not_fit_are_a_clear_error(flags, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["imitate.py", *flags.split()])
+    with pytest.raises(UserError, match=message):
+        imitate.main()
 
 
 def test_a_short_version_of_the_training_command_learns_and_is_reproducible(tmp_path):
-    long = train_policy(tmp_path / "a", seed=1, count=600, hidden=32, layers=1)
-    short = train_policy(tmp_path / "b", seed=1, count=150, hidden=32, layers=1)
-    again = train_policy(tmp_path / "c", seed=1, count=150, hidden=32, layers=1)
-    assert long < short - 0.5 and short == again
+    long = train_policy(lessons(tmp_path / "a", count=600))
+    short = train_policy(lessons(tmp_path / "b"))
+    again = train_policy(lessons(tmp_path / "c"))
+    assert long["loss"] < short["loss"] - 0.5 and short == again
     weights = [(tmp_path / d / "model.safetensors").read_bytes() for d in "bc"]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_interrupted_imitation_ends_as_the_unbroken_one(pretrained, tmp_path, monkeypatch):
+    """Weights, optimizers and the place in the lessons; a new start would train 3 batches twice."""
+    how = {"model": str(ROOT / SHIPPED["tiny"]), "rows": 16} if pretrained else {"rows": 16}
+    train_policy(lessons(tmp_path / "whole", **how))
+    broken = lessons(tmp_path / "broken", save_minutes=0.0, **how)
+    real = imitate.learn
+    calls = []
+
+    def learn(*given):
+        calls.append(given)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(imitate, "learn", learn)
+    with pytest.raises(KeyboardInterrupt):
+        train_policy(broken)
+    train_policy(broken)
+    assert len(calls) == 4 + 3  # 6 batches, the fourth begun twice
+    weights = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("whole", "broken")]
+    assert weights[0] == weights[1]
+    assert not (tmp_path / "broken" / "state.pt").exists()
+
+    train_policy(broken)  # finished: nothing more is learned
+    assert len(calls) == 7
+    with pytest.raises(UserError, match="--count 96, not 97"):
+        train_policy(lessons(tmp_path / "broken", count=97, **how))
+
+
+def test_a_pretrained_model_learns_its_responses_alone_with_its_own_tokenizer(policy):
+    """A pretrained model needs no lesson in the prompt's words; a tiny one learns copying there."""
+    rows = imitate.make_rows(policy.tokenizer, household.lessons(8, seed=0))
+    losses = [imitate.imitation_losses(policy.model, rows, 0, kind) for kind in (False, True)]
+    assert losses[0][0].item() == pytest.approx(losses[1][0].item(), rel=1e-5)
+    assert losses[0][1] == 0 < losses[1][1]
+    assert all(row.response_ids[-1] == policy.tokenizer.eos_token_id for row in rows)
+    ids = torch.tensor([rows[0].prompt_ids + rows[0].response_ids])
+    with torch.no_grad():
+        picked = policy.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+    start = len(rows[0].prompt_ids) - 1
+    own = imitate.imitation_losses(policy.model, rows[:1], 0, True)
+    assert own[0].item() == pytest.approx(-picked[start:].sum().item(), rel=1e-4)
+    assert own[1].item() == pytest.approx(-picked[:start].sum().item(), rel=1e-4)
+
+
+def test_micro_batches_change_nothing_of_the_gradient(policy):
+    rows = imitate.make_rows(policy.tokenizer, household.lessons(8, seed=0))
+    gradients = []
+    for micro_tokens in (300, 100_000):
+        policy.model.zero_grad()
+        imitate.learn(policy.model, rows, 0, Lessons(micro_tokens=micro_tokens))
+        gradients.append(policy.model.lm_head.weight.grad.clone())
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_the_measure_counts_what_the_shipped_policy_gets_right(policy):
+    """It plays as its lessons showed, though it cannot know where the demonstrator looks first."""
+    pairs = household.lessons(60, seed=9)
+    result = imitate.measure(policy.model, policy.tokenizer, pairs, Lessons())
+    summaries = sum(answer.startswith("{") for _, answer in pairs)
+    assert result["summaries"] == summaries and result["steps"] == 60 - summaries
+    assert result["valid"] == result["steps"] and result["parsable"] == summaries
+    assert 0.4 * result["steps"] < result["exact"] < result["steps"]
+    shuffled = [(prompt, "<think></think><action>sing</action>") for prompt, _ in pairs]
+    assert imitate.measure(policy.model, policy.tokenizer, shuffled, Lessons())["exact"] == 0
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing():
+    rates = [imitate.rate(k, 1000) for k in range(1000)]
+    assert rates[0] == pytest.approx(0.04) and max(rates) == rates[30] == 1 and rates[-1] < 1e-5
+    assert rates[:31] == sorted(rates[:31]) and rates[30:] == sorted(rates[30:], reverse=True)
+
+
+# --- the shipped policies -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SHIPPED)

