@@ -9,6 +9,7 @@ else in the project knows how many there are. No torch here.
 """
 
 import importlib
+import json
 import os
 import re
 from pathlib import Path
@@ -86,6 +87,7 @@ INSTRUCTION = (
     "Reason first, inside <think> </think>. Then choose one of the admissible actions and give it "
     "inside <action> </action>."
 )
+SKILL_FORM = {"condition": "when it applies", "strategy": "what to do"}  # of a summary
 
 
 def build_prompts(obs: Observation, history=(), skills=(), keep: int = 2) -> tuple:
@@ -161,8 +163,7 @@ def build_mining_prompt(task, task_type, steps, known=(), obs_chars=200, env="al
         lines.append(f"Known skills, do not repeat them: {conditions}")
     lines.append(
         "Write a general rule without object numbers, in at most two sentences. "
-        "Answer with JSON only: "
-        '{"condition": "when it applies", "strategy": "what to do"}'
+        f"Answer with JSON only: {json.dumps(SKILL_FORM)}"
     )
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from rapidfuzz import fuzz
 from rapidfuzz.utils import default_process
 
 from config import UserError, write_atomically
-
+from envs import SKILL_FORM
 
 # A number that names an instance ("drawer 3", "take mug 1 from shelf 2"), not a quantity ("2
 # objects", "under 30 dollars"): it has a noun before it and no noun after it. Or an ASIN.
@@ -258,12 +258,17 @@ def is_difference(value) -> bool:
 
 
 def parse_skill(text: str):
-    """A summary -> (condition, strategy); None unless it is one JSON object with both, no more."""
+    """A summary -> (condition, strategy); None unless it is one JSON object with both, no more.
+
+    A small model may copy the form that the prompt shows: no skill either.
+    """
     try:
         fenced = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
         data = json.loads(fenced.strip())
         condition, strategy = (data[key].strip().rstrip(".") for key in ("condition", "strategy"))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    if condition.lower() == SKILL_FORM["condition"] or strategy.lower() == SKILL_FORM["strategy"]:
         return None
     condition = re.sub(r"^when ", "", condition, flags=re.I)
     return (condition, strategy) if condition and strategy else None

@@ -255,6 +255,14 @@ NO_SKILL = [
     "{",
     '{"condition": "", "strategy": "x"}',
     'Sure! {"condition": "a", "strategy": "b"}',
+    # written by SmolLM2-135M-Instruct before its lessons
+    '{"condition": "when it applies", "strategy": "what to do"}',
+    '"When it applies, a strategy of using a microwave to heat the apple 1 with a microwave."',
+    '{\n  "packaging": "marines*punantrıcbatı"\n}',
+    '{\n  "context": ,"story": "/dream/car/pleantowards/made/a place to eat"\n}',
+    '{\n  "type": "task",\n  "description": "pick2",\n  "action": "pick2",\n  "actionId": "12345",',
+    '"When it applies: when it applies: when it applies: when it applies: when it applies: when',
+    '["fruit 1", "pillow 1", "vagrant 2"]',
 ]
 
 

@@ -57,7 +57,7 @@ def test_a_file_that_is_not_the_published_one_is_refused_and_the_package_never_r
 
 @needs_smollm2
 def test_numbers_are_read_digit_by_digit():
-    """As in pretraining; from the GGUF file alone transformers takes two spaces and a digit else."""
+    """As in pretraining; from the GGUF file alone "  1" became two single spaces and a digit."""
     _, tokenizer = load_policy(BASE, Config(), "cpu")
     ids = tokenizer("cabinet  12")["input_ids"]
     assert [tokenizer.decode([i]) for i in ids] == ["c", "abinet", "  ", "1", "2"]

@@ -10,11 +10,11 @@ A fresh machine has no pretrained model, so a Qwen2-architecture policy of 0.7M 
 part of the instruct model (lessons: tiny/household.py, tiny/shop.py). It is a stand-in: it shows
 that the algorithm works from end to end, and nothing about language models.
 
-| who learns                  | from                         | how                                     |
-|-----------------------------|------------------------------|-----------------------------------------|
-| a new tiny policy, `--start`| prompts and responses: the   | Muon for the matrices, AdamW, float32   |
-|                             | prompts teach it to copy     |                                         |
-| `--model`, pretrained       | responses                    | AdamW as in the phases, bfloat16        |
+| who learns                   | from                               | how                       |
+|------------------------------|------------------------------------|---------------------------|
+| a new tiny policy, `--start` | responses, and prompts, which      | Muon for the matrices and |
+|                              | teach it to copy names             | AdamW, float32            |
+| `--model`, pretrained        | responses                          | AdamW, bfloat16           |
 
 An interrupted command goes on from its last save and ends as the unbroken one does.
 """
@@ -193,8 +193,8 @@ def learn(model, rows, pad_id, lessons: Lessons) -> tuple:
 def measure(model, tokenizer, pairs, lessons: Lessons) -> dict:
     """Held-out lessons: the loss in nats a token, and how greedy responses compare.
 
-    | exact     | of `steps` the expert's action, well-formed | valid | well-formed                    |
-    | parsable  | of `summaries` a skill can be read from                                            |
+    steps, exact, valid    lessons in acting; the expert's action, well-formed; well-formed
+    summaries, parsable    lessons in summarizing; those a skill can be read from
     """
     rows = make_rows(tokenizer, pairs)
     total = 0.0
@@ -239,7 +239,7 @@ def find_progress(out: Path, lessons: Lessons) -> tuple:
 
 
 def save(out: Path, model, tokenizer, record, moving=None):
-    """Write the policy, the record of how it was made, and `moving`, what the lessons go on with."""
+    """Write the policy, the record of how it was made, and `moving`: what training goes on with."""
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)

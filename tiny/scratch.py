@@ -1,4 +1,4 @@
-"""A tokenizer and a small Qwen2 with random weights, for the policies that `tiny/imitate.py` makes."""
+"""A tokenizer and a small Qwen2 with random weights: how `tiny/imitate.py` begins from nothing."""
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
