@@ -204,6 +204,19 @@ PRESETS = {
         "mine_iterations": 6,  # until skills have had their n_eval evaluations
         "distill_iterations": 6,
     },
+    "tiny-alfworld": TINY  # the same small policy, taught on the real training games, plays those
+    | {
+        "run": "tiny-alfworld",
+        "model": "tiny-alfworld",
+        "max_steps": 50,
+        "max_prompt_tokens": 2048,  # rooms have up to 40 receptacles
+        "tasks": 8,  # an iteration of 64 episodes
+        "lr": 1.5e-4,  # long episodes make two thousand rows, so eight steps an iteration
+        "n_req": 40,
+        "warmup_iterations": 4,
+        "mine_iterations": 6,
+        "distill_iterations": 6,
+    },
     "smollm2": {  # a real model in the embedded shop, on 2 cores: see results/smollm2.md
         "run": "smollm2",
         "env": "webshop",
