@@ -60,7 +60,7 @@ def test_numbers_are_read_digit_by_digit():
     """As in pretraining; from the GGUF file alone "  1" became two single spaces and a digit."""
     _, tokenizer = load_policy(BASE, Config(), "cpu")
     ids = tokenizer("cabinet  12")["input_ids"]
-    assert [tokenizer.decode([i]) for i in ids] == ["c", "abinet", "  ", "1", "2"]
+    assert [tokenizer.decode([i]) for i in ids] [-3:] == ["  ", "1", "2"]
 
 
 @needs_smollm2
