@@ -24,7 +24,7 @@ def flag(default, help):
 class Config:
     """Defaults are the 7B numbers of the GiGPO paper and code; a preset, then a flag, overrides."""
 
-    preset: str = flag("tiny", "start from: tiny, smollm2, {alfworld,webshop}-{7b,1.5b}")
+    preset: str = flag("tiny", "start from: tiny, tiny-alfworld, smollm2, {alfworld,webshop}-{7b,1.5b}")
     run: str = flag("tiny", "name of the run; everything is written under runs/<run>/")
     seed: int = flag(0, "seed of tasks, sampling and shuffling")
     # the world
@@ -214,8 +214,8 @@ PRESETS = {
         "lr": 1.5e-4,  # long episodes make two thousand rows, so eight steps an iteration
         "n_req": 40,
         "warmup_iterations": 4,
-        "mine_iterations": 6,
-        "distill_iterations": 6,
+        "mine_iterations": 4,
+        "distill_iterations": 4,
     },
     "smollm2": {  # a real model in the embedded shop, on 2 cores: see results/smollm2.md
         "run": "smollm2",

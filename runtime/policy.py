@@ -39,7 +39,11 @@ SHAPES = {  # Qwen2.5 with random weights, to measure without a download
         "tie_word_embeddings": True,
     },
 }
-SHIPPED = {"tiny": "tiny/policy", "tiny-webshop": "tiny/policy_webshop"}  # folders of this project
+SHIPPED = {  # folders of this project
+    "tiny": "tiny/policy",
+    "tiny-webshop": "tiny/policy_webshop",
+    "tiny-alfworld": "tiny/policy_alfworld",
+}
 
 
 @dataclass
