@@ -24,7 +24,7 @@ def flag(default, help):
 class Config:
     """Defaults are the 7B numbers of the GiGPO paper and code; a preset, then a flag, overrides."""
 
-    preset: str = flag("tiny", "start from: tiny, tiny-alfworld, smollm2, {alfworld,webshop}-{7b,1.5b}")
+    preset: str = flag("tiny", "start from: tiny[-alfworld], smollm2, {alfworld,webshop}-{7b,1.5b}")
     run: str = flag("tiny", "name of the run; everything is written under runs/<run>/")
     seed: int = flag(0, "seed of tasks, sampling and shuffling")
     # the world
