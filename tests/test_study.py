@@ -1,11 +1,13 @@
 """The statistics of tools/study.py, tools/regime.py and tools/effects.py."""
 
+import json
+
 import numpy as np
 import pytest
 
+from config import Config, UserError
 from skills import Skill
-from config import Config
-from tools import effects, regime, study
+from tools import effects, regime, study, subtasks
 
 
 def curve(*points):
@@ -50,3 +52,26 @@ def test_variants_that_mine_alike_share_the_run_of_phase_1():
     assert study.mined_by(args, "response-strong", "1") == study.mined_by(args, "siri", "1")
     assert study.mined_by(args, "gigpo", "1") != study.mined_by(args, "siri", "1")
     assert study.mined_by(args, "placebo", "1") != study.mined_by(args, "siri", "1")
+
+
+def test_subtasks_pools_evaluation_seeds_within_a_run_and_compares_one_panel(tmp_path):
+    """Two runs with two evaluation seeds each are two runs, not four."""
+    tasks = ("pick_two_obj_and_place-A", "look_at_obj_in_light-B")
+    games = [f"x/{task}-{n}/game.tw-pddl" for task in tasks for n in range(2)]
+    solved = {"a": [[1, 0, 0, 0], [1, 1, 0, 0]], "b": [[1, 0, 1, 0], [1, 0, 1, 0]]}
+    for run, evaluations in solved.items():
+        (tmp_path / run).mkdir()
+        for seed, values in enumerate(evaluations):
+            record = {"items": dict(zip(games, map(bool, values)))}
+            (tmp_path / run / f"eval-{seed}.json").write_text(json.dumps(record))
+    panel = subtasks.read_panel(f"{tmp_path}/*/eval-*.json")
+    assert panel[1].shape == (2, 4) and panel[2] == 4
+    lines = subtasks.table({"x": panel}).splitlines()
+    assert lines[2].startswith("| look | 2 | 2 of 8, 0.250 |")
+    assert lines[3].startswith("| pick2 | 2 | 5 of 8, 0.625 |")
+    assert lines[4].startswith("| all | 4 | 7 of 16, 0.438 |")
+    with pytest.raises(UserError, match="no such file"):
+        subtasks.read_panel("nowhere/*.json")
+    (tmp_path / "b" / "eval-1.json").write_text('{"items": {"other": true}}')
+    with pytest.raises(UserError, match="different panels"):
+        subtasks.read_panel(f"{tmp_path}/*/eval-*.json")
