@@ -52,6 +52,8 @@ def successes(policy, config, items, skills=()) -> np.ndarray:
     """Play each item once -> 0 or 1 for each."""
     groups = [[Episode(item, f"{n}:{item}", skills)] for n, item in enumerate(items)]
     episodes = common.rollout(policy, config, groups, seed=1, desc="effects")
+    if len(episodes) < len(items):  # or the two arms would be of different items
+        raise UserError("some items cannot be played, see above; mend or remove them")
     return np.array([episode.success for episode in episodes], float)
 
 
