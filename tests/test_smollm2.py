@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import ROOT
 from test_phases import call
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 import distill
+import envs
 import evaluate
 import mine
 import warmup
@@ -58,7 +59,7 @@ def test_a_file_that_is_not_the_published_one_is_refused_and_the_package_never_r
 @needs_smollm2
 def test_numbers_are_read_digit_by_digit():
     """As in pretraining; from the GGUF file alone "  1" became two single spaces and a digit."""
-    _, tokenizer = load_policy(BASE, Config(), "cpu")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(BASE)
     ids = tokenizer("cabinet  12")["input_ids"]
     assert [tokenizer.decode([i]) for i in ids] [-3:] == ["  ", "1", "2"]
 
@@ -85,7 +86,7 @@ def test_greedy_tokens_equal_those_of_transformers_and_log_probs_those_of_the_up
 @pytest.fixture
 def two_layers(tmp_path):
     """A random Llama of two layers with SmolLM2's tokenizer, as a model folder."""
-    _, tokenizer = load_policy(BASE, Config(), "cpu")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(BASE)
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -141,3 +142,40 @@ def test_eos_is_trained_though_it_is_the_pad_token_too(two_layers):
     without_end = Row(short.prompt_ids, short.response_ids[:-1], 0.0, [])
     less = imitate.imitation_losses(model, [without_end], tokenizer.pad_token_id, False)[0]
     assert alone - less > 1.0  # a random model pays for the end as for any token
+
+
+# --- what the real model wrote, at temperatures 1.0 and 1.6 ----------------------------------------
+
+SAMPLES = [  # (response, what L_int distills of it; "": nothing)
+    ("<think>I buy it</think><action>click[buy now]</action>", "click[buy now]</action>"),
+    ("<think>I loose the nib</think><action></action>", "></action>"),  # `></` is one token
+    (
+        "<think>I open window</think><action> <think>I open the cable</action>",
+        " <think>I open the cable</action>",
+    ),
+    ("<think>I select pack: single</think><action>click<<tiny</action>", "click<<tiny</action>"),
+    ("<think>I open the organic pack</think><action>ovection>", ""),
+    ('<think>I pragmatic movement I")]', ""),
+    ('{"condition": "shopping for house", "strategy": ")\',“.relschert </relschert value>', ""),
+    ("You are an agent in a household, playing the text game ALFWorld. You are facing the", ""),
+]
+
+
+@needs_smollm2
+@pytest.mark.parametrize("text, distilled", SAMPLES)
+def test_the_action_mask_of_a_real_response_covers_the_action_and_nothing_before(text, distilled):
+    """Its vocabulary merges `><` and `</` across the borders of tags."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(BASE)
+    ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+    mask = common.find_action_tokens(tokenizer, ids)
+    marked = [i for i, chosen in zip(ids, mask) if chosen]
+    assert tokenizer.decode(marked) == distilled
+    assert not mask[-1]  # EOS
+
+
+@pytest.mark.parametrize("text, distilled", SAMPLES)
+def test_a_real_response_is_well_formed_where_it_has_a_thought_and_an_action(text, distilled):
+    action, valid = envs.parse_action(text)
+    assert valid == bool(distilled)
+    if valid:
+        assert f"{action}</action>" == distilled.strip(" >").lower() + ">"
