@@ -75,6 +75,16 @@ def test_the_numbers_of_the_readme_are_those_of_the_result_files():
         if row["variant"] != study.CONTROL:
             gain = f"{row['curve_gain']:+.3f} ({study.between(row['curve_interval'])})"
             assert gain in readme, f"{row['study']} {row['variant']}: {gain}"
+    real = re.search(
+        r"SIRI - GiGPO over all of these: (.*)\.", (ROOT / "results" / "alfworld.md").read_text()
+    )
+    assert real.group(1) in readme
+    end = re.search(r"\| siri \|.*?\| ([+-][\d.]+) \| ", study_file("alfworld"))
+    assert f"{end.group(1)} " in (ROOT / "results" / "alfworld.md").read_text()
+
+
+def study_file(name) -> str:
+    return (ROOT / "results" / f"study-{name}.md").read_text()
 
 
 # --- docs/fork.md ---------------------------------------------------------------------------------
