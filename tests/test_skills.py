@@ -257,6 +257,8 @@ NO_SKILL = [
     'Sure! {"condition": "a", "strategy": "b"}',
     # written by SmolLM2-135M-Instruct before its lessons
     '{"condition": "when it applies", "strategy": "what to do"}',
+    '{"condition": "When it applies", "strategy": "open the fridge"}',  # half of it
+    '{"condition": "it is hot", "strategy": "What to do."}',
     '"When it applies, a strategy of using a microwave to heat the apple 1 with a microwave."',
     '{\n  "packaging": "marines*punantrıcbatı"\n}',
     '{\n  "context": ,"story": "/dream/car/pleantowards/made/a place to eat"\n}',

@@ -210,6 +210,13 @@ def test_a_pretrained_model_learns_its_responses_alone_with_its_own_tokenizer(po
     assert own[1].item() == pytest.approx(-picked[:start].sum().item(), rel=1e-4)
 
 
+def test_prompts_are_lessons_for_a_tiny_policy_only(policy):
+    rows = imitate.make_rows(policy.tokenizer, household.lessons(4, seed=0))
+    assert imitate.learn(policy.model, rows, 0, Lessons())[1] > 0
+    assert imitate.learn(policy.model, rows, 0, Lessons(model="any"))[1] == 0
+    policy.model.zero_grad()
+
+
 def test_micro_batches_change_nothing_of_the_gradient(policy):
     rows = imitate.make_rows(policy.tokenizer, household.lessons(8, seed=0))
     gradients = []
@@ -230,6 +237,14 @@ def test_the_measure_counts_what_the_shipped_policy_gets_right(policy):
     assert 0.4 * result["steps"] < result["exact"] < result["steps"]
     shuffled = [(prompt, "<think></think><action>sing</action>") for prompt, _ in pairs]
     assert imitate.measure(policy.model, policy.tokenizer, shuffled, Lessons())["exact"] == 0
+
+
+def test_the_right_action_in_an_ill_formed_response_is_not_exact(policy, monkeypatch):
+    said = "<action>go north</action>"  # without a thought
+    monkeypatch.setattr(imitate, "generate", lambda *given, **flags: [([1], [0.0], said)])
+    wanted = [("a prompt", f"<think>Go.</think>{said}")]
+    result = imitate.measure(policy.model, policy.tokenizer, wanted, Lessons())
+    assert result["exact"] == result["valid"] == 0 < result["steps"]
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing():

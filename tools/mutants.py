@@ -557,6 +557,37 @@ report-marks-the-plain-arm
 bootstrap-without-seeds
 - seeds = rng.integers(n_seeds, size=n_seeds)
 + seeds = np.arange(n_seeds)
+@ tools/subtasks.py: tests/test_study.py -k subtasks
+evaluation-seeds-are-runs
+- runs[Path(file).parent].append
++ runs[Path(file)].append
+@ tools/effects.py: tests/test_study.py -k verdict
+verdict-against-the-effect
+- (skill.status == "active") == (effect
++ (skill.status == "active") != (effect
+@ skills.py: tests/test_skills.py
+copied-form-is-a-skill
+- if condition.lower() == SKILL_FORM["condition"] or
++ if False or
+@ tiny/imitate.py: tests/test_tiny.py -k "own_tokenizer or only or micro or measure or ill_formed or rate or interrupted"
+prompts-of-a-real-model-taught
+- with_prompts=not lessons.model)
++ with_prompts=True)
+lessons-without-an-end
+- Row(prompt, answer + eos, 0.0, [])
++ Row(prompt, answer, 0.0, [])
+mean-of-the-micro-batch
+- (parts[0] / responses + parts[1] / prompts).backward()
++ (parts[0] / len(batch) + parts[1] / len(batch)).backward()
+ill-formed-is-exact
+- result["exact"] += valid and action
++ result["exact"] += action
+rate-without-end
+- return 0.5 + 0.5 * math.cos
++ return 0.6 + 0.4 * math.cos
+optimizers-forgotten
+- make_optimizers(model, lessons, state["optimizers"])
++ make_optimizers(model, lessons)
 """
 
 

@@ -1,4 +1,4 @@
-"""The whole fault harness -> results/reliability.md.
+"""The whole fault harness -> runs/faults.md.
 
     python -m tests.faults                 # about an hour on two cores
     python -m tests.faults --short         # a few of each, minutes
@@ -45,7 +45,7 @@ def main():
         text += f"\n`{command}`, {time.time() - start:.0f} s:\n\n```\n{said}\n```\n"
         print(f"{command}\n{said}\n", flush=True)
     if not args.short:
-        write_atomically("results/reliability.md", text)
+        write_atomically("runs/faults.md", text)
     sys.exit(1 if failed else 0)
 
 
