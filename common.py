@@ -559,14 +559,13 @@ def update(policy, rows, config, seed, *, lambda_=0.0) -> dict:
     batches = make_batches(rows, config, seed)
     rl = [row for row in rows if not row.internalize]
     score(policy, rl, config)
+    extra = {"score_seconds": time.time() - start}
 
     model.train()  # gradient checkpointing works in train mode only; these models have no dropout
-    extra = {}
     if config.compare_gradients and lambda_ and len(rl) < len(rows):
-        extra = compare_gradients(model, batches[0], config, lambda_, pad_id)
+        extra |= compare_gradients(model, batches[0], config, lambda_, pad_id)
     logs = []
-    quiet = parallel.rank() > 0
-    bar = tqdm(total=len(rows), desc="update", unit="row", leave=False, disable=quiet)
+    bar = tqdm(total=len(rows), desc="update rows", leave=False, disable=parallel.rank() > 0)
     for batch in batches:
         log = backward(model, batch, config, lambda_, pad_id)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -596,5 +595,6 @@ def update(policy, rows, config, seed, *, lambda_=0.0) -> dict:
         "internalization_rows": len(rows) - len(rl),
         "optimizer_steps": len(logs),
         "refused_steps": len(batches) - len(logs),
+        "update_seconds": time.time() - start,
         "update_tokens_per_s": sum(map(len, rows)) / (time.time() - start),
     }

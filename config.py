@@ -217,30 +217,29 @@ PRESETS = {
         "mine_iterations": 4,
         "distill_iterations": 4,
     },
-    "smollm2": {  # a real model in the embedded shop, on 2 cores: see results/smollm2.md
+    "smollm2": {  # a real model in small ALFWorld games, on 2 cores: see results/smollm2.md
         "run": "smollm2",
-        "env": "webshop",
-        "data": "runs/tiny-shop-3",  # as tiny-webshop, whose plain success begins at 0
+        "data": "runs/tiny-games",
         "model": "runs/smollm2-taught",  # make smollm2, then the lessons: tiny/imitate.py
         "gradient_checkpointing": False,  # 4,096 tokens of activations take 4 GB
-        "max_steps": 10,
-        "history": 1,
+        "max_steps": 14,
         "tasks": 4,  # an iteration of 32 episodes
-        "max_prompt_tokens": 1536,  # 550 on the average
-        "max_response_tokens": 96,
+        "max_prompt_tokens": 1024,  # 360 on the average
+        "max_response_tokens": 64,
         "minibatch_rows": 64,
         "micro_tokens": 4096,
-        "lr": 1e-5,  # ten times the 7B's: a small model moves in larger steps
+        "lr": 2e-5,  # twenty times the 7B's: a small model, and few steps
         "kl_coef": 0.0,
-        "ema": 0.2,
-        "n_req": 6,
-        "warmup_iterations": 6,
-        "mine_iterations": 6,
-        "mine_every": 2,
-        "mine_episodes": 6,
+        "recompute_old": False,  # a fifth of an iteration
+        "n_eval": 1,  # of twelve groups in phase 1 each task type has two
+        "n_req": 8,
+        "warmup_iterations": 3,
+        "mine_iterations": 3,
+        "mine_every": 1,
+        "mine_episodes": 6,  # one of each task type
         "mine_obs_chars": 60,  # as its lessons in summarizing
-        "distill_iterations": 6,
-        "lambda_iterations": 4,
+        "distill_iterations": 3,
+        "lambda_iterations": 2,
     },
 }
 SAME = (  # must be alike in all phases of a run

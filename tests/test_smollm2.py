@@ -111,9 +111,7 @@ def test_lessons_three_phases_and_evaluation_of_a_model_with_the_real_tokenizer(
     two_layers, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    taught = imitate.Lessons(
-        out="taught", model=str(two_layers), world="webshop", count=16, difficulties=[3]
-    )
+    taught = imitate.Lessons(out="taught", model=str(two_layers), count=16, held_out=8)
     assert imitate.train_policy(taught)["steps"] > 0
     flags = """--preset smollm2 --model taught --tasks 1 --group_size 4 --max_steps 2 --n_req 999
     --max_response_tokens 8 --warmup_iterations 1 --mine_iterations 1 --distill_iterations 1

@@ -76,6 +76,7 @@ class Lessons:
     gradient_checkpointing: bool = flag(False, "recompute activations to save memory")
     compile: bool = flag(False, "compile the layers: faster, needs a C++ compiler on a CPU")
     save_minutes: float = flag(10.0, "minutes between saves")
+    held_out: int = flag(256, "other lessons, to measure what was learned")
 
 
 FREE = (  # change no result
@@ -289,7 +290,7 @@ def train_policy(lessons: Lessons) -> dict:
             save(out, model, tokenizer, record, {"batches": k + 1, "optimizers": states})
             saved_at = time.time()
     model.eval()
-    held_out = draw(lessons, 256, lessons.seed + 1_000_000, "valid_seen")
+    held_out = draw(lessons, lessons.held_out, lessons.seed + 1_000_000, "valid_seen")
     record["result"] = measure(model, tokenizer, held_out, lessons)
     save(out, model, tokenizer, record)
     print(report(record["result"]), f"-> {out}")

@@ -27,7 +27,14 @@ FLAGS = (
     "--warmup_iterations 2 --mine_iterations 2 --distill_iterations 2 --mine_every 1 --n_eval 1 "
     "--minibatch_rows 16 --given_skills given.jsonl --seed 2"
 )
-TIMES = ("seconds", "save_seconds", "peak_memory", "update_tokens_per_s")
+TIMES = (  # logged, and never twice the same
+    "seconds",
+    "save_seconds",
+    "score_seconds",
+    "update_seconds",
+    "update_tokens_per_s",
+    "peak_memory",
+)
 
 
 def prepare(folder: Path) -> Path:
