@@ -180,7 +180,7 @@ class SkillBank:
     @classmethod
     def given(cls, config):
         """A new bank: empty, or with the skills of the file --given_skills, all active. A line of
-        it is a JSON object with condition, strategy and bucket; other fields are ignored.
+        it is a JSON object with condition, strategy and bucket; a skill's record is ignored.
         """
         bank = cls(config)
         if config.given_skills:
@@ -258,9 +258,8 @@ def is_difference(value) -> bool:
 
 
 def parse_skill(text: str):
-    """A summary -> (condition, strategy); None unless it is one JSON object with both, no more.
-
-    A small model may copy the form that the prompt shows: no skill either.
+    """A summary -> (condition, strategy); None unless it is one JSON object with both and no text
+    around it. A small model may copy the form that the prompt shows: no skill either.
     """
     try:
         fenced = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")

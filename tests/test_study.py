@@ -18,11 +18,35 @@ def curve(*points):
 def test_the_interval_covers_seeds_and_items():
     alike = np.tile(np.arange(200) % 2, (5, 1)).astype(float)
     low, high = study.interval(alike)
-    # the same items in all seeds: five tell no more of the items than one, +-2 sqrt(.25 / 200)
-    assert low < 0.5 < high and 0.11 < high - low < 0.17
+    # the same items in all seeds: five tell no more of the items than one, +-t sqrt(.25 / 200)
+    assert high - low == pytest.approx(2 * 2.776 * (0.25 / 199) ** 0.5)
     apart = np.repeat([[0.0], [1.0]], 200, axis=1)  # two seeds that disagree in every item
-    low, high = study.interval(apart)
-    assert (low, high) == (0.0, 1.0)
+    assert study.interval(apart, lowest=0.0) == (0.0, 1.0)
+    one = alike[:1]  # a single seed: its items
+    assert np.diff(study.interval(one)) == pytest.approx(2 * 1.96 * (0.25 / 199) ** 0.5)
+
+
+def test_the_interval_of_five_seeds_holds_the_truth_in_95_of_100_studies():
+    """A bootstrap over the seeds holds it in 85."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        seeds = rng.normal(0.0, 0.2, size=(5, 1))
+        items = rng.normal(0.0, 0.3, size=(1, 60))
+        low, high = study.interval(seeds + items + rng.normal(0.0, 0.3, size=(5, 60)))
+        held += low < 0.0 < high
+    assert 0.93 < held / 400 < 0.99
+
+
+def test_a_study_of_other_iterations_needs_another_name(tmp_path, monkeypatch):
+    """Or its evaluations would be mixed with those of the first."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["study.py", "--name", "s", "--mine_iterations", "2"])
+    study.remember(study.parse())
+    study.remember(study.parse())
+    monkeypatch.setattr("sys.argv", ["study.py", "--name", "s", "--mine_iterations", "3"])
+    with pytest.raises(UserError, match="--mine_iterations 2, not 3"):
+        study.remember(study.parse())
 
 
 def test_the_curve_mean_weighs_points_by_the_episodes_between():
@@ -62,7 +86,8 @@ def test_subtasks_pools_evaluation_seeds_within_a_run_and_compares_one_panel(tmp
     for run, evaluations in solved.items():
         (tmp_path / run).mkdir()
         for seed, values in enumerate(evaluations):
-            record = {"items": dict(zip(games, map(bool, values)))}
+            record = {"split": "s", "iteration": 4, "temperature": 0.4, "skills": False}
+            record |= {"checkpoint": "distill", "items": dict(zip(games, map(bool, values)))}
             (tmp_path / run / f"eval-{seed}.json").write_text(json.dumps(record))
     panel = subtasks.read_panel(f"{tmp_path}/*/eval-*.json")
     assert panel[1].shape == (2, 4) and panel[2] == 4
@@ -72,6 +97,15 @@ def test_subtasks_pools_evaluation_seeds_within_a_run_and_compares_one_panel(tmp
     assert lines[4].startswith("| all | 4 | 7 of 16, 0.438 |")
     with pytest.raises(UserError, match="no such file"):
         subtasks.read_panel("nowhere/*.json")
-    (tmp_path / "b" / "eval-1.json").write_text('{"items": {"other": true}}')
-    with pytest.raises(UserError, match="different panels"):
+    better = subtasks.table({"x": panel, "y": (panel[0], panel[1] + 0.25, 4)}).splitlines()
+    assert better[-1] == "y - x: +0.250 (0.250 to 0.250)"
+
+    file = tmp_path / "b" / "eval-1.json"
+    other = {"items": {"other": True}, "temperature": 1.0, "skills": True}
+    for name, message in (("items", "different panels"), ("temperature", "more than the seed")):
+        file.write_text(json.dumps(record | {name: other[name]}))
+        with pytest.raises(UserError, match=message):
+            subtasks.read_panel(f"{tmp_path}/*/eval-*.json")
+    file.unlink()
+    with pytest.raises(UserError, match="more evaluations"):
         subtasks.read_panel(f"{tmp_path}/*/eval-*.json")

@@ -147,6 +147,8 @@ def lessons(out, **changes):
         ("--out x --start y --model z", "not both"),
         ("--out x --modle y", "did you mean --model"),
         ("--out x --count 0", "1 at least"),
+        ("--out x --held_out 0", "1 at least"),
+        ("--out x --difficulties 2", "--world webshop"),
     ],
 )
 def test_flags_that_do_not_fit_are_a_clear_error(flags, message, monkeypatch):

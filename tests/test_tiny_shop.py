@@ -1,6 +1,7 @@
 """The synthetic catalogue and the shopping lessons."""
 
 import random
+import re
 
 import pytest
 
@@ -42,3 +43,14 @@ def test_catalogue_of_the_demo_has_a_hundred_held_out_goals_of_other_products(tm
     train, test = (envs.list_items("webshop", split, folder) for split in ("train", "test"))
     assert len(test) >= 100 and len(train) > 500
     assert not envs.shared_items("webshop", "train", "test", folder)
+
+
+def test_few_lessons_too_are_of_all_difficulties():
+    """640 lessons had once one catalogue, and so two options in every task."""
+    tasks = {
+        re.search(r"Find me (.*?) price", prompt).group(1)
+        for prompt, _ in shop.lessons(400, seed=0, difficulties=(1, 2, 3, 4))
+        if "Find me" in prompt
+    }
+    named = {sum(f"{name}: " in task for name in shop.OPTIONS) for task in tasks}
+    assert named == {1, 2, 3, 4}

@@ -3,7 +3,7 @@
     python -m tiny.imitate --seed 0 --out base                     # how the shipped policy was made
     python -m tiny.imitate --start base --seed 1 --count 20000 --knows 0.4 --lr 0.01 --out next
     python -m tiny.imitate --start next --seed 2 --count 6000 --knows 0.3 --lr 0.005 --out policy
-    python -m tiny.imitate --model smollm2 --world webshop --count 4000 --out runs/smollm2-taught
+    python -m tiny.imitate --model smollm2 --count 1200 --knows 0.3 --out runs/smollm2-taught
     python -m tiny.imitate --data DIR --out real    # on the training games of a data folder instead
 
 A fresh machine has no pretrained model, so a Qwen2-architecture policy of 0.7M parameters plays the
@@ -233,7 +233,7 @@ def find_progress(out: Path, lessons: Lessons) -> tuple:
         return {}, None
     record = read_json(folder / "imitation.json")
     for name, value in settings(lessons).items():
-        was = record["settings"][name]
+        was = record["settings"].get(name, value)  # a folder may be older than a flag
         if name not in FREE and was != value:
             raise UserError(f"{out} was made with --{name} {was}, not {value}; use another --out")
     return record, folder
@@ -290,8 +290,9 @@ def train_policy(lessons: Lessons) -> dict:
             save(out, model, tokenizer, record, {"batches": k + 1, "optimizers": states})
             saved_at = time.time()
     model.eval()
-    held_out = draw(lessons, lessons.held_out, lessons.seed + 1_000_000, "valid_seen")
-    record["result"] = measure(model, tokenizer, held_out, lessons)
+    spread = 8  # one of so many lessons, or they would be of few games
+    held_out = draw(lessons, spread * lessons.held_out, lessons.seed + 1_000_000, "valid_seen")
+    record["result"] = measure(model, tokenizer, held_out[::spread], lessons)
     save(out, model, tokenizer, record)
     print(report(record["result"]), f"-> {out}")
     return record["result"]
@@ -313,6 +314,12 @@ def check(lessons: Lessons):
         ("data", not lessons.data or lessons.world == "alfworld", "for ALFWorld; leave it out"),
         ("start", not (lessons.start and lessons.model), "or --model, not both"),
         ("count", lessons.count > 0, "1 at least"),
+        ("held_out", lessons.held_out > 0, "1 at least"),
+        (
+            "difficulties",
+            not lessons.difficulties or lessons.world == "webshop",
+            "of the shop; leave it out, or --world webshop",
+        ),
     ]
     for name, is_right, remedy in limits:
         if not is_right:

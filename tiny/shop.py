@@ -199,6 +199,8 @@ def lessons(count, seed, knows=0.45, difficulties=(None,)) -> list:
     rng = random.Random(f"{seed} lessons")
     pairs = []
     number = 0  # of the catalogue
+    # a goal gives about ten; a catalogue has one difficulty, and few lessons too are of all
+    goals = max(1, min(GOALS, count // 10) // len(difficulties))
     while len(pairs) < count:
         number += 1
         with tempfile.TemporaryDirectory() as name:
@@ -206,7 +208,7 @@ def lessons(count, seed, knows=0.45, difficulties=(None,)) -> list:
             folder = make_catalogue(Path(name), 240, f"lessons {seed} {number}", difficulty)
             webshop.build_cache(folder, folder / "cache")
             catalogue = webshop.Catalogue(folder / "cache")
-            for goal in catalogue.goal_names()[: GOALS // len(difficulties)]:
+            for goal in catalogue.goal_names()[:goals]:
                 pairs += lesson(webshop.WebShop(catalogue.goal(goal), catalogue), rng, knows)
             catalogue.file.close()
     return pairs[:count]

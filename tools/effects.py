@@ -9,7 +9,7 @@ ended with, at the training temperature. Prints, and writes to runs/<run>/effect
 | column   | meaning                                                                               |
 |----------|---------------------------------------------------------------------------------------|
 | u, n     | the utility that mining arrived at, after so many evaluations                         |
-| effect   | success with the skill - success without, +- its standard error                       |
+| effect   | success with the skill - without, on the same items, +- its standard error            |
 | right    | share of its groups whose Delta_g had the sign of the effect (0 counts as no)         |
 
 and how often a verdict was right: active with an effect above --active_above, or retired with none.
@@ -64,11 +64,7 @@ def verdict_is_right(skill, effect, config):
     return (skill.status == "active") == (effect > config.active_above)
 
 
-def measure(config, count) -> str:
-    root = Path("runs") / config.run
-    folder = saves.find(root, "mine")
-    if folder is None:
-        raise UserError(f"{root}/mine is missing: run `python mine.py --run {config.run}` first")
+def measure(config, folder, count) -> str:
     bank = SkillBank.load(folder, config)
     device = set_up(config)
     policy = Policy(*load_policy(folder / "model", config, device, trainable=False))
@@ -82,7 +78,7 @@ def measure(config, count) -> str:
         base = plain[skill.bucket]
         guided = successes(policy, config, items[skill.bucket], (skill,))
         effect = guided.mean() - base.mean()
-        error = math.sqrt(guided.var() / len(guided) + base.var() / len(base))
+        error = (guided - base).std(ddof=1) / math.sqrt(len(base))
         right = [delta * effect > 0 for delta in skill.deltas]
         groups += right
         verdicts.append(verdict_is_right(skill, effect, config))
@@ -103,8 +99,11 @@ def main():
     parser.add_argument("--episodes", type=int, default=60, help="items for each arm")
     args = parser.parse_args()
     root = Path("runs") / args.run
-    saved = read_json(root / "mine" / "config.json")
-    text = measure(Config(**saved | {"run": args.run}), args.episodes)
+    folder = saves.find(root, "mine")
+    if folder is None:
+        raise UserError(f"{root}/mine is missing: run `python mine.py --run {args.run}` first")
+    config = Config(**read_json(folder / "config.json") | {"run": args.run})
+    text = measure(config, folder, args.episodes)
     words = " ".join(sys.argv[1:])
     write_atomically(root / "effects.md", f"`python -m tools.effects {words}`\n\n{text}\n")
     print(text)

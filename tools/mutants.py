@@ -554,9 +554,15 @@ report-marks-the-plain-arm
 - bool(record["skills"]) and record["phase"]
 + record["phase"]
 @ tools/study.py: tests/test_study.py
-bootstrap-without-seeds
-- seeds = rng.integers(n_seeds, size=n_seeds)
-+ seeds = np.arange(n_seeds)
+interval-without-seeds
+- variance += values.mean(1).var(ddof=1) / n_seeds
++ variance += 0.0
+interval-without-items
+- variance = values.mean(0).var(ddof=1) / n_items
++ variance = 0.0
+interval-of-many-seeds
+- t = T_975[min(
++ t = 1.96 or T_975[min(
 @ tools/subtasks.py: tests/test_study.py -k subtasks
 evaluation-seeds-are-runs
 - runs[Path(file).parent].append

@@ -1,10 +1,12 @@
 """Success by task type over training seeds and evaluation seeds, from what `evaluate.py` wrote.
 
-    python -m tools.subtasks 'SIRI=runs/alfworld-siri-s*/eval-*.json' 'GiGPO=runs/...'
+    python -m tools.subtasks 'GiGPO=runs/alfworld-gigpo-s*/eval-valid_seen-distill-T0.4-*.json' \\
+        'SIRI=runs/alfworld-siri-s*/eval-valid_seen-distill-T0.4-*.json'
 
-Each argument is a column: a name and a pattern of evaluation files of one panel. The files of a
-run's folder are its evaluation seeds; an item's success is averaged over them. The 95% intervals
-draw runs and items with repetition, as in tools/study.py.
+Each argument is a column: a name and a pattern of evaluation files that differ in the seed alone.
+The files of a run's folder are its evaluation seeds; an item's success is averaged over them. The
+95% intervals are those of tools/study.py. Below the table: each column less the first, the runs in
+the order of their names being pairs.
 """
 
 import argparse
@@ -20,14 +22,24 @@ from runtime.run import run_script
 from tools.study import between, interval
 
 
+ALIKE = ("split", "iteration", "temperature", "skills")  # in all evaluations of a column
+
+
 def read_panel(pattern) -> tuple:
-    """Files -> (items, success [runs, items] averaged over a run's files, solved, played)."""
+    """Files -> (items, success [runs, items] averaged over a run's files, number of files)."""
     files = sorted(glob.glob(pattern))
     if not files:
         raise UserError(f"{pattern}: no such file; evaluate first, and quote the pattern")
     runs = defaultdict(list)
+    how = set()
     for file in files:
-        runs[Path(file).parent].append(read_json(file)["items"])
+        record = read_json(file)
+        runs[Path(file).parent].append(record["items"])
+        how.add((Path(record["checkpoint"]).name, *(record[name] for name in ALIKE)))
+    if len(how) > 1:
+        raise UserError(f"{pattern}: the files differ in more than the seed: {sorted(how)}")
+    if len({len(evaluations) for evaluations in runs.values()}) > 1:
+        raise UserError(f"{pattern}: some runs have more evaluations than others")
     items = sorted(next(iter(runs.values()))[0])
     success = []
     for evaluations in runs.values():
@@ -60,8 +72,13 @@ def table(columns) -> str:
             values = success[:, chosen]
             solved = round(values.mean() * files * len(chosen))
             cells.append(f"{solved} of {files * len(chosen)}, {values.mean():.3f}")
-            cells.append(between(interval(values)))
+            cells.append(between(interval(values, lowest=0.0)))
         lines.append(f"| {name} | {len(chosen)} | {' | '.join(cells)} |")
+    first, *others = columns
+    for name in others:
+        if len(columns[name][1]) == len(columns[first][1]):
+            gain = columns[name][1] - columns[first][1]
+            lines += ["", f"{name} - {first}: {gain.mean():+.3f} ({between(interval(gain))})"]
     return "\n".join(lines)
 
 
