@@ -154,6 +154,17 @@ SAMPLES = [  # (response, what L_int distills of it; "": nothing)
     ("<think>I select pack: single</think><action>click<<tiny</action>", "click<<tiny</action>"),
     ("<think>I open the organic pack</think><action>ovection>", ""),
     ('<think>I pragmatic movement I")]', ""),
+    # in the household, at temperature 1.0; the first <action> counts, as in verl-agent
+    (
+        "<think>I want cup, not here</think><action>go to estimation>go to considering>go to "
+        "drawer, not here</think><action>go to microwave 1</action>",
+        "go to estimation>go to considering>go to drawer, not here</think><action>go to microwave "
+        "1</action>",
+    ),
+    (
+        "<think>I want cup, not here</think><action>one of the admissibles</action>",
+        "one of the admissibles</action>",
+    ),
     ('{"condition": "shopping for house", "strategy": ")\',“.relschert </relschert value>', ""),
     ("You are an agent in a household, playing the text game ALFWorld. You are facing the", ""),
 ]
