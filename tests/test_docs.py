@@ -75,12 +75,15 @@ def test_the_numbers_of_the_readme_are_those_of_the_result_files():
         if row["variant"] != study.CONTROL:
             gain = f"{row['curve_gain']:+.3f} ({study.between(row['curve_interval'])})"
             assert gain in readme, f"{row['study']} {row['variant']}: {gain}"
+    smollm2 = (ROOT / "results" / "smollm2.md").read_text()
     real = re.search(
         r"SIRI - GiGPO over all of these: (.*)\.", (ROOT / "results" / "alfworld.md").read_text()
     )
     assert real.group(1) in readme
     end = re.search(r"\| siri \|.*?\| ([+-][\d.]+) \| ", study_file("alfworld"))
     assert f"{end.group(1)} " in (ROOT / "results" / "alfworld.md").read_text()
+    end = re.search(r"at the end \| \d+ \| (\d+) \| (\d+)", smollm2)
+    assert f"SIRI {end.group(1)} and GiGPO {end.group(2)} of 30" in readme
 
 
 def study_file(name) -> str:
