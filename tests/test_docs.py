@@ -70,7 +70,10 @@ def test_the_numbers_of_the_readme_are_those_of_the_result_files():
         assert line in readme, line
     assert demo["conclusion"] and demo["conclusion"] in readme
     rows = json.loads((ROOT / "results" / "regime.json").read_text())
-    assert regime.table(rows) in (ROOT / "results" / "study.md").read_text()
+    text = (ROOT / "results" / "study.md").read_text()
+    assert regime.table(rows) in text
+    ten = re.search(r"\*\*Ten seeds\*\*: siri - gigpo over the curve (.*?\))", text)
+    assert ten.group(1) in readme
     for row in rows:
         if row["variant"] != study.CONTROL:
             gain = f"{row['curve_gain']:+.3f} ({study.between(row['curve_interval'])})"
