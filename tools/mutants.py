@@ -575,7 +575,7 @@ verdict-against-the-effect
 copied-form-is-a-skill
 - if condition.lower() == SKILL_FORM["condition"] or
 + if False or
-@ tiny/imitate.py: tests/test_tiny.py -k "own_tok or only or micro or formed or rises or interrupted"
+@ tiny/imitate.py: tests/test_tiny.py -k "own_tok or only or micro or formed or rises or unbroken"
 prompts-of-a-real-model-taught
 - with_prompts=not lessons.model)
 + with_prompts=True)
