@@ -565,7 +565,7 @@ def update(policy, rows, config, seed, *, lambda_=0.0) -> dict:
     if config.compare_gradients and lambda_ and len(rl) < len(rows):
         extra |= compare_gradients(model, batches[0], config, lambda_, pad_id)
     logs = []
-    bar = tqdm(total=len(rows), desc="update rows", leave=False, disable=parallel.rank() > 0)
+    bar = tqdm(total=len(rows), desc="update", unit="row", leave=False, disable=parallel.rank() > 0)
     for batch in batches:
         log = backward(model, batch, config, lambda_, pad_id)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)

@@ -65,32 +65,30 @@ def test_every_logged_name_is_in_the_glossary():
 
 def test_the_numbers_of_the_readme_are_those_of_the_result_files():
     readme = (ROOT / "README.md").read_text()
-    demo = json.loads((ROOT / "results" / "demo.json").read_text())
+    demo = json.loads(result("demo.json"))
     for line in report.markdown_table(demo["rows"]).splitlines():
         assert line in readme, line
     assert demo["conclusion"] and demo["conclusion"] in readme
-    rows = json.loads((ROOT / "results" / "regime.json").read_text())
-    text = (ROOT / "results" / "study.md").read_text()
-    assert regime.table(rows) in text
-    ten = re.search(r"\*\*Ten seeds\*\*: siri - gigpo over the curve (.*?\))", text)
+    rows = json.loads(result("regime.json"))
+    assert regime.table(rows) in result("study.md")
+    ten = re.search(
+        r"\*\*Ten seeds\*\*: siri - gigpo over the curve (.*?\))", result("study.md")
+    )
     assert ten.group(1) in readme
     for row in rows:
         if row["variant"] != study.CONTROL:
             gain = f"{row['curve_gain']:+.3f} ({study.between(row['curve_interval'])})"
             assert gain in readme, f"{row['study']} {row['variant']}: {gain}"
-    smollm2 = (ROOT / "results" / "smollm2.md").read_text()
-    real = re.search(
-        r"SIRI - GiGPO over all of these: (.*)\.", (ROOT / "results" / "alfworld.md").read_text()
-    )
+    real = re.search(r"SIRI - GiGPO over all of these: (.*)\.", result("alfworld.md"))
     assert real.group(1) in readme
-    end = re.search(r"\| siri \|.*?\| ([+-][\d.]+) \| ", study_file("alfworld"))
-    assert f"{end.group(1)} " in (ROOT / "results" / "alfworld.md").read_text()
-    end = re.search(r"at the end \| \d+ \| (\d+) \| (\d+)", smollm2)
+    gain = re.search(r"\| siri \|.*?\| ([+-][\d.]+) \| ", result("study-alfworld.md"))
+    assert f"{gain.group(1)} " in result("alfworld.md")
+    end = re.search(r"at the end \| \d+ \| (\d+) \| (\d+)", result("smollm2.md"))
     assert f"SIRI {end.group(1)} and GiGPO {end.group(2)} of 30" in readme
 
 
-def study_file(name) -> str:
-    return (ROOT / "results" / f"study-{name}.md").read_text()
+def result(name) -> str:
+    return (ROOT / "results" / name).read_text()
 
 
 # --- docs/fork.md ---------------------------------------------------------------------------------

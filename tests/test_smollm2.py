@@ -142,7 +142,7 @@ def test_eos_is_trained_though_it_is_the_pad_token_too(two_layers):
     assert alone - less > 1.0  # a random model pays for the end as for any token
 
 
-# --- what the real model wrote, at temperatures 1.0 and 1.6 ----------------------------------------
+# --- what the real model wrote, at temperatures 1.0 and 1.6 ---------------------------------------
 
 SAMPLES = [  # (response, what L_int distills of it; "": nothing)
     ("<think>I buy it</think><action>click[buy now]</action>", "click[buy now]</action>"),
