@@ -7,7 +7,7 @@ import pytest
 
 from config import Config, UserError
 from skills import Skill
-from tools import effects, regime, study, subtasks
+from tools import effects, pool, regime, study, subtasks
 
 
 def curve(*points):
@@ -109,3 +109,58 @@ def test_subtasks_pools_evaluation_seeds_within_a_run_and_compares_one_panel(tmp
     file.unlink()
     with pytest.raises(UserError, match="more evaluations"):
         subtasks.read_panel(f"{tmp_path}/*/eval-*.json")
+
+
+def two_seeds(gain):
+    """A study of two seeds in which one variant solves `gain` items of ten more at the end."""
+    control = {seed: curve((0, n, 10), (100, n, 10)) for seed, n in (("1", 0), ("2", 4))}
+    ours = {seed: curve((0, n, 10), (100, n + gain, 10)) for seed, n in (("1", 0), ("2", 4))}
+    return {"gigpo": control, "siri": ours}
+
+
+def test_pooled_studies_count_each_seed_once():
+    rows = pool.differences(two_seeds(2), "siri", "gigpo")
+    rows += pool.differences(two_seeds(4), "siri", "gigpo")
+    assert [row["warmup"] for row in rows] == pytest.approx([0.0, 0.4, 0.0, 0.4])
+    assert [row["end"] for row in rows] == pytest.approx([0.2, 0.2, 0.4, 0.4])
+    pooled = pool.summarize(rows, looks=1)
+    assert pooled["curve"] == pytest.approx(0.15) and pooled["end_ahead"] == 4
+    half = 3.182 * np.std([0.2, 0.2, 0.4, 0.4], ddof=1) / 2
+    assert pooled["end_95"] == pytest.approx([0.3 - half, 0.3 + half], abs=1e-3)
+
+
+def test_a_third_look_needs_a_wider_interval():
+    values = np.arange(20.0)
+    once = np.diff(pool.student_interval(values))
+    half = np.std(values, ddof=1) / 20**0.5
+    assert once == pytest.approx(2 * 2.093 * half, rel=0.005)
+    assert np.diff(pool.student_interval(values, looks=3)) == pytest.approx(
+        2 * 2.625 * half, rel=0.005
+    )
+
+
+def test_pooled_variants_have_the_same_seeds():
+    study_of_one = two_seeds(2)
+    del study_of_one["siri"]["2"]
+    with pytest.raises(UserError, match="other seeds"):
+        pool.differences(study_of_one, "siri", "gigpo")
+    with pytest.raises(UserError, match="no variant kl"):
+        pool.differences(two_seeds(2), "kl", "gigpo")
+
+
+def test_a_panel_known_by_its_mean_alone_has_an_interval_over_the_seeds():
+    means = np.array([[0.1], [0.3]])
+    low, high = study.interval(means, lowest=0.0)
+    assert (low, high) == (0.0, 1.0)  # 0.2 +- 12.7 * 0.1
+    five = study.interval(np.array([[0.1], [0.3], [0.2], [0.2], [0.2]]))
+    assert np.diff(five) == pytest.approx(2 * 2.776 * (0.005 / 5) ** 0.5, rel=1e-3)
+
+
+def test_the_beginning_of_a_study_outlives_its_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    rows = [{"study": "s", "rare": 0.25, "contrast": 0.5}]
+    (tmp_path / "results" / "regime.json").write_text(json.dumps(rows))
+    assert regime.beginning("s", ["1", "2"]) == (0.25, 0.5)
+    with pytest.raises(UserError, match="gone"):
+        regime.beginning("t", ["1"])

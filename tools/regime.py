@@ -2,15 +2,16 @@
 
     python -m tools.regime --studies shop-1,shop-2,shop-3,shop-4 --title "options a task names"
 
-Reads results/study-<name>.json, which `tools/study.py` writes, and the runs' metrics. Writes
-results/regime.md (one table), .png (one panel for each study) and .json (the numbers of the table).
+Reads results/study-<name>.json, which `tools/study.py` writes, and the runs' metrics (of a study
+whose runs are gone: what regime.json has of them). Writes results/regime.md (one table), .png (one
+panel for each study) and .json (the numbers of the table).
 
 | column        | meaning                                                                          |
 |---------------|----------------------------------------------------------------------------------|
 | rare          | success of the plain policy at T = 1 in the first iteration of warm-up           |
 | contrast      | groups of that iteration in which some members succeed and some fail             |
-| curve, end    | difference with the control, paired by seeds and items, 95% bootstrap of both:   |
-|               | mean success over the episodes after the warm-up; at the end                     |
+| curve, end    | difference with the control, paired by seeds and items (`study.interval`): mean  |
+|               | success over the episodes after the warm-up; at the end                          |
 | to 0.8        | episodes until success 0.8 on held-out items, linear between evaluations, mean   |
 |               | over seeds; a seed that does not get there counts with its last episode          |
 """
@@ -25,7 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from config import read_json, read_jsonl, write_atomically
+from config import UserError, read_json, read_jsonl, write_atomically
 from runtime.run import run_script
 from tools.study import CONTROL, between, curve_means, interval, matrix, mean_curve
 
@@ -46,6 +47,11 @@ def episodes_until(curve, goal) -> float:
 
 def beginning(name, seeds) -> tuple:
     """(plain success, share of groups with a contrast) in the first iteration of the warm-up."""
+    if not Path(f"runs/{name}-warmup-s{min(seeds)}").exists():
+        known = [row for row in read_json("results/regime.json") if row["study"] == name]
+        if not known:
+            raise UserError(f"runs/{name}-warmup-s*: gone, and results/regime.json has no {name}")
+        return known[0]["rare"], known[0]["contrast"]
     first = [read_jsonl(f"runs/{name}-warmup-s{seed}/metrics.jsonl")[0] for seed in seeds]
     success = np.mean([x["success"] for x in first])
     return float(success), 1 - float(np.mean([x["no_contrast"] for x in first]))

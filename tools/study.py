@@ -227,12 +227,15 @@ def interval(values, lowest=-1.0) -> tuple:
 
     mean +- t SE,  SE^2 = Var(means of the seeds) / seeds + Var(means of the items) / items,
     with Student's t for seeds - 1 degrees of freedom: drawing five seeds with repetition instead
-    gives an interval 0.63 as wide, which is too narrow. One seed: its items alone, t = 1.96. What a
-    mean cannot be (below `lowest`, above 1) is cut off.
+    gives an interval 0.63 as wide, which is too narrow. One seed: its items alone, t = 1.96; one
+    item, the mean of a panel: the seeds alone. What a mean cannot be (below `lowest`, above 1) is
+    cut off.
     """
     n_seeds, n_items = values.shape
-    variance = values.mean(0).var(ddof=1) / n_items
+    variance = 0.0
     t = 1.96
+    if n_items > 1:
+        variance += values.mean(0).var(ddof=1) / n_items
     if n_seeds > 1:
         variance += values.mean(1).var(ddof=1) / n_seeds
         t = T_975[min(n_seeds - 1, len(T_975)) - 1]
