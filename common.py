@@ -209,8 +209,8 @@ def plan_groups(
     items, config, *, members=None, skilled=None, bank=None, statuses=(), training=True
 ) -> list:
     """Items -> groups of `members` (config.group_size) unplayed episodes; the first `skilled` of
-    each (the share config.skill_share, one at least unless it is 0) carry the skills that `bank`
-    retrieves for it, if it has any of these statuses.
+    each (the share config.skill_share, one at least of either half unless it is 0 or 1) carry the
+    skills that `bank` retrieves for it, if it has any of these statuses.
 
     An item is the same game in the same initial state for all, so that the two halves of a group
     differ in the skill block alone.
@@ -220,16 +220,16 @@ def plan_groups(
         raise UserError("an empty group: --tasks and --group_size must be 1 at least")
     if skilled is None:
         skilled = math.floor(config.skill_share * members + 0.5)
-        skilled = max(skilled, 1 if config.skill_share else 0)
+        if 0 < config.skill_share < 1:
+            skilled = min(max(skilled, 1), members - 1)
     groups = []
     for number, item in enumerate(items):
         skills = ()
         obs = guard.first_observation(config, item) if bank and skilled else None
         if obs:
-            found = bank.retrieve(obs.task, obs.task_type, config.top_k, statuses, training)
-            skills = tuple(found)
+            skills = bank.retrieve(obs.task, obs.task_type, config.top_k, statuses, training)
         group = f"{number}:{item}"
-        with_skills = [Episode(item, group, skills) for _ in range(skilled)]
+        with_skills = [Episode(item, group, tuple(skills)) for _ in range(skilled)]
         plain = [Episode(item, group) for _ in range(members - skilled)]
         groups.append(with_skills + plain)
     return groups
@@ -523,8 +523,8 @@ def score(policy, rows, config):
 
 
 def compare_gradients(model, batch, config, lambda_, pad_id) -> dict:
-    """Norms of the gradients of L_GiGPO + beta L_KL and of lambda L_int on a mini-batch, and their
-    cosine. Leaves no gradient behind.
+    """Norms of the gradients of L_GiGPO + beta L_KL - c_H H and of lambda L_int on a mini-batch,
+    and their cosine. Leaves no gradient behind.
     """
     gradients = []
     for kind in (False, True):

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 
@@ -296,10 +296,26 @@ AT_LEAST_ONE = (
     "lambda_iterations",
     "save_every",
 )
+NOT_NEGATIVE = (
+    "history",
+    "invalid_penalty",
+    "step_weight",
+    "kl_coef",
+    "entropy_coef",
+    "lr",
+    "weight_decay",
+    "n_req",
+    "mine_episodes",
+    "n_eval",
+    "lambda_max",
+    "advantage_clip",
+    "samples",
+)
 
 
 PHASES = ("warmup", "mine", "distill")
 CHOICES = {
+    "engine": ("fast", "textworld"),
     "baseline": ("steps", "episodes"),
     "internalize_tokens": ("action", "response"),
     "internalize_gate": ("delta", "none"),
@@ -367,7 +383,8 @@ def copies_of_flags(folder) -> list:
 def saved_flags(folder) -> dict:
     """The flags of a run: its config.json, or where that is lost the copy in its first save.
 
-    {} for a run that has not begun. UserError where the two differ: one of them was damaged.
+    {} for a run that has not begun. UserError where the two differ, or a flag is unknown or of
+    another type: one of them was damaged, or is of another version.
     """
     path = folder / "config.json"
     copies = copies_of_flags(folder)
@@ -380,6 +397,11 @@ def saved_flags(folder) -> dict:
             return {}
         print(f"{error}; the copy {copies[0]} is used")
         return read_json(copies[0])
+    known = {field.name: field.type for field in fields(Config)}
+    for name, value in flags.items() if isinstance(flags, dict) else ():
+        allowed = (float, int) if known.get(name) is float else known.get(name, ())
+        if not isinstance(value, allowed):
+            raise UserError(f"{path}: no flag {name!r}, or not {value!r}; mend or delete it there")
     theirs = read_json(copies[0]) if copies else flags
     for name in SAME:
         if not isinstance(flags, dict) or flags.get(name) != theirs.get(name):
@@ -406,19 +428,28 @@ def refuse_unknown_flags(parser):
 
 def check(config):
     """UserError for a value that no run could have."""
-    for name in AT_LEAST_ONE:
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: must be 1 at least")
     limits = [
-        ("lr", config.lr >= 0, "0 or more"),
+        ("seed", 0 <= config.seed < 2**32, "0 to 4294967295"),
         ("temperature", config.temperature > 0, "above 0 in training, or all members are alike"),
+        ("success_reward", config.success_reward > 0, "above 0"),
+        ("clip", config.clip > 0, "above 0"),
+        ("dual_clip", config.dual_clip > 1, "above 1"),
+        ("grad_clip", config.grad_clip > 0, "above 0"),
         ("skill_share", 0 <= config.skill_share <= 1, "0 to 1"),
+        (
+            "group_size",
+            config.group_size > 1 or config.skill_share in (0, 1),
+            "2 at least, a plain and a skilled member, unless --skill_share is 0 or 1",
+        ),
+        ("active_above", -1 <= config.active_above <= 1, "-1 to 1, as Delta_g"),
         ("gamma", 0 <= config.gamma <= 1, "0 to 1"),
         ("ema", 0 <= config.ema <= 1, "0 to 1"),
         ("beta2", 0 <= config.beta2 < 1, "0 to below 1"),
     ]
     if config.trust_games and config.engine != "textworld":
         raise UserError("--trust_games is for --engine textworld; the fast engine runs no code")
+    limits += [(name, getattr(config, name) >= 1, "1 at least") for name in AT_LEAST_ONE]
+    limits += [(name, getattr(config, name) >= 0, "0 or more") for name in NOT_NEGATIVE]
     for name, words in CHOICES.items():
         limits.append((name, getattr(config, name) in words, " or ".join(words)))
     for name, is_right, limit in limits:
@@ -451,10 +482,13 @@ def read_jsonl(path) -> list:
     records = []
     for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
+            record = None
+        if not isinstance(record, dict):
             remedy = "mend or delete that line"
-            raise UserError(f"{path}, line {number}: not readable as JSON; {remedy}") from None
+            raise UserError(f"{path}, line {number}: not a JSON object; {remedy}")
+        records.append(record)
     return records
 
 

@@ -15,7 +15,7 @@ Next    python evaluate.py --run <run>
         L_int = - sum gate w log pi(y | x_t, y_<) / sum gate                     method Eq. 12
             gate: action tokens of those rows;  w = clip(A / sigma_A, 0, c)      method Eq. 10, 11
         lambda(k) = lambda_max min(1, k / K_warm)                                method Eq. 13
-        minimize L_GiGPO + beta L_KL + lambda(k) L_int                           method Eq. 14
+        minimize L_GiGPO + beta L_KL - c_H H + lambda(k) L_int                   method Eq. 14
 """
 
 import common
@@ -76,7 +76,7 @@ def main():
         rows = rl_rows(episodes, advantages, config)
         internal = internalization_rows(episodes, advantages, deltas, policy.tokenizer, config)
 
-        # 3. loss and step: L_GiGPO + beta L_KL + lambda(k) L_int
+        # 3. loss and step: L_GiGPO + beta L_KL - c_H H + lambda(k) L_int
         lambda_k = config.lambda_max * min(1.0, k / config.lambda_iterations)
         if config.hand_off:
             lambda_k = max(0.0, 1 - (k - 1) / config.lambda_iterations) if internal else 0.0

@@ -51,10 +51,18 @@ class Evaluation:
     eval_temperature: float = flag(0.4, "sampling temperature; 0 is greedy")
     eval_seed: int = flag(0, "seed of the sampling")
     skills: bool = flag(False, "retrieve the run's active skills into the prompt")
-    eval_items: int = flag(0, "only the first so many items, spread over the split; 0: all")
+    eval_items: int = flag(0, "only so many items, spread evenly over the split; 0: all")
     out: str = flag(
         "", "the JSON; empty: runs/<run>/eval-<split>-<checkpoint>[-skills]-T<temp>-s<seed>.json"
     )
+
+
+def check(choice):
+    """UserError for a value that no evaluation could have."""
+    for name in ("eval_temperature", "eval_seed", "eval_items"):
+        value = getattr(choice, name)
+        if not 0 <= value < 2**32:
+            raise UserError(f"--{name} {value}: must be 0 or more, and below 2^32")
 
 
 WAVE = 64  # items played together, after which the results are on the disk
@@ -212,6 +220,7 @@ def waves_file(out, config, choice, items, path, bank) -> Path:
 
 def main():
     config, choice = common.parse_config("evaluate", __doc__, Evaluation)
+    check(choice)
     device = set_up(config)
     split = choice.eval_split or envs.world(config.env).EVAL_SPLIT
     items = choose_items(config, choice, split)

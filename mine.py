@@ -14,8 +14,8 @@ Next    python distill.py --run <run>
         roll out each task in two halves: with the skills retrieved for it in the prompt, and plain
         Delta_g = success of the skill half - success of the plain half          method Eq. 8
         u_s <- (1 - alpha) u_s + alpha Delta_g;  candidate -> active -> retired  method Eq. 9
-        A = A_E + w A_S, both halves one group; minimize L_GiGPO + beta L_KL, each row under its
-            own prompt
+        A = A_E + w A_S, both halves one group; minimize L_GiGPO + beta L_KL - c_H H, each row
+            under its own prompt
 """
 
 import random

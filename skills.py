@@ -115,8 +115,8 @@ class SkillBank:
 
         The best k active ones by 0.5 lexical match of task and condition + utility + UCB; or the
         least tried candidate, alone, so that Delta_g is its own: beside a good skill any candidate
-        looks good. A candidate goes first until it has had its `n_eval` evaluations, then whenever
-        it has been tried less often than the best active skill. Only `training` counts as a try.
+        looks good. A candidate goes first until `n_eval` groups have carried it, then whenever
+        fewer have than the best active skill. Only `training` counts as a try.
         With --candidate_alone false the candidate stands beside the active ones.
         """
 

@@ -12,7 +12,7 @@ Next    python mine.py --run <run>
         roll out `group_size` plain episodes of each of `tasks` tasks
         store the solved ones: N_succ grows
         A = A_E + w A_S                                               method Eq. 1 to 4
-        minimize L_GiGPO + beta L_KL                                  method Eq. 7
+        minimize L_GiGPO + beta L_KL - c_H H                          method Eq. 7
         stop once N_succ >= N_req
 """
 
@@ -37,7 +37,7 @@ def main():
         # 2. advantages: A = A_E + w A_S
         advantages = episode_advantages(episodes, config)
 
-        # 3. loss and step: L_GiGPO + beta L_KL
+        # 3. loss and step: L_GiGPO + beta L_KL - c_H H
         rows = rl_rows(episodes, advantages, config)
         losses = common.update(policy, rows, config, run.seed(k))
 

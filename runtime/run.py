@@ -324,7 +324,8 @@ class Run:
             kept_lines = []
             damaged = []  # numbers of lines
             for number, line in enumerate(text.split("\n"), 1):
-                record = read_record(line)
+                needed = self.spent if path.name == "metrics.jsonl" else ()
+                record = read_record(line, needed)
                 if record is None:
                     damaged += [number] if line else []
                 elif record["phase"] != self.phase or record["iteration"] <= kept:
@@ -394,11 +395,12 @@ def peak_memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def read_record(line):
-    """A line of a log as a dict, or None where it is not whole."""
+def read_record(line, needed=()):
+    """A line of a log as a dict, or None where it is not whole: no phase, or no count `needed`."""
     try:
         record = json.loads(line)
-        return record if record["phase"] in PHASES and record["iteration"] > 0 else None
+        whole = record["phase"] in PHASES and record["iteration"] > 0
+        return record if whole and all(record[name] >= 0 for name in needed) else None
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import envs
+from runtime.run import run_script
 from worlds import alfworld
 
 MALFORMED = [
@@ -118,4 +119,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -58,7 +58,9 @@ def successes(policy, config, items, skills=()) -> np.ndarray:
 
 
 def verdict_is_right(skill, effect, config):
-    """Whether an active skill helps and a retired one does not; None for a candidate."""
+    """Whether an active skill helps and a retired one does not; None for a candidate. A skill that
+    a full bucket retired counts as retired.
+    """
     if skill.status == "candidate":
         return None
     return (skill.status == "active") == (effect > config.active_above)

@@ -3,6 +3,8 @@
     python -m tools.figure
 """
 
+import argparse
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -50,6 +52,7 @@ PHASES = [
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
     figure, axis = plt.subplots(figsize=(12, 4.7))
     axis.set(xlim=(0, 12.3), ylim=(0, 4.7))
     axis.axis("off")

@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from runtime.run import run_script
 from worlds import webshop
 
 
@@ -79,4 +80,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

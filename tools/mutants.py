@@ -697,6 +697,8 @@ def main():
     args = parser.parse_args()
     start = time.time()
     chosen = [m for m in read_mutants(MUTANTS) if not args.only or m.name in args.only.split(",")]
+    if not chosen:
+        parser.error(f"--only {args.only}: no mutant has such a name")
     results = {m.name: f"stale: {stale(m)}" for m in chosen if stale(m)}
     fresh = [m for m in chosen if m.name not in results]
     load_libraries()

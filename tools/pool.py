@@ -2,10 +2,11 @@
 
     python -m tools.pool --studies shop-3,shop-3-new,shop-3-more --looks 3
     python -m tools.pool --studies shop-3,shop-3-more --variant response-strong --control siri
+    python -m tools.pool --studies shop-3-more --out new-seeds
 
-Reads results/study-<name>.json, writes results/pool-<variant>-<control>.json (each seed, and the
-numbers below) and .png (each seed's difference against what its warm-up had reached). Prints, for
-the mean over the curve and for the end:
+Reads results/study-<name>.json, writes results/pool-<out>.json (each seed, and the numbers below)
+and .png (each seed's difference against what its warm-up had reached). Prints, for the mean over
+the curve and for the end:
 
     mean difference of the seeds  +- t SE,  SE^2 = Var(differences) / seeds
 
@@ -35,8 +36,8 @@ def differences(results, variant, control) -> list:
             raise UserError(f"no variant {name} there, but {', '.join(results)}")
     ours = results[variant]
     theirs = results[control]
-    if list(ours) != list(theirs):
-        raise UserError(f"{variant} and {control} have other seeds; finish the study first")
+    if list(ours) != list(theirs) or lengths(ours) != lengths(theirs):
+        raise UserError(f"{variant} and {control}: other seeds or points; finish the study first")
     warmups = matrix(ours, 0).mean(1)  # [seeds]
     curve = (curve_means(ours) - curve_means(theirs)).mean(1)
     end = (matrix(ours, -1) - matrix(theirs, -1)).mean(1)
@@ -44,6 +45,11 @@ def differences(results, variant, control) -> list:
         {"seed": seed, "warmup": float(w), "curve": float(c), "end": float(e)}
         for seed, w, c, e in zip(ours, warmups, curve, end)
     ]
+
+
+def lengths(curves) -> list:
+    """The episodes of each seed's points, counted from the end of its warm-up."""
+    return [[point[0] - curve[0][0] for point in curve] for curve in curves.values()]
 
 
 def student_interval(values, looks=1) -> tuple:
@@ -101,15 +107,25 @@ def main():
     parser.add_argument("--studies", required=True, help="names, of the same plan")
     parser.add_argument("--variant", default="siri")
     parser.add_argument("--control", default=CONTROL)
+    parser.add_argument("--out", default="", help="results/pool-<out>; empty: variant-control")
     parser.add_argument("--looks", type=int, default=1, help="how often the sample was looked at")
     args = parser.parse_args()
+    if args.looks < 1:
+        raise UserError(f"--looks {args.looks}: must be 1 at least")
     studies = {}
+    plans = []
     for name in args.studies.split(","):
         results = read_json(f"results/study-{name}.json")
         studies[name] = differences(results, args.variant, args.control)
+        plans += lengths(results[args.variant])
     rows = [row for seeds in studies.values() for row in seeds]
+    seeds = [row["seed"] for row in rows]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--studies {args.studies}: a seed occurs twice among {', '.join(seeds)}")
+    if any(plan != plans[0] for plan in plans):
+        raise UserError(f"--studies {args.studies}: not of one plan, evaluated at other episodes")
     pooled = summarize(rows, args.looks)
-    out = f"results/pool-{args.variant}-{args.control}"
+    out = f"results/pool-{args.out or f'{args.variant}-{args.control}'}"
     write_atomically(f"{out}.json", json.dumps({"studies": studies} | pooled, indent=1))
     draw(studies, pooled, f"{args.variant} - {args.control}", f"{out}.png")
     for measure in ("curve", "end"):

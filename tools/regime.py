@@ -4,7 +4,7 @@
 
 Reads results/study-<name>.json, which `tools/study.py` writes, and the runs' metrics (of a study
 whose runs are gone: what regime.json has of them). Writes results/regime.md (one table), .png (one
-panel for each study) and .json (the numbers of the table).
+panel for each study) and .json (the numbers of the table). Rows of other studies stay as they are.
 
 | column        | meaning                                                                          |
 |---------------|----------------------------------------------------------------------------------|
@@ -60,6 +60,8 @@ def beginning(name, seeds) -> tuple:
 def summarize(name) -> list:
     """A dict of the table's numbers for each variant of a study."""
     results = read_json(f"results/study-{name}.json")
+    if CONTROL not in results:
+        raise UserError(f"results/study-{name}.json: no variant {CONTROL} to compare with")
     control = results[CONTROL]
     success, contrast = beginning(name, control)
     rows = []
@@ -132,7 +134,10 @@ def main():
     parser.add_argument("--title", default="")
     args = parser.parse_args()
     names = args.studies.split(",")
-    rows = [row for name in names for row in summarize(name)]
+    known = Path("results/regime.json")
+    earlier = read_json(known) if known.exists() else []
+    rows = [row for row in earlier if row["study"] not in names]
+    rows += [row for name in names for row in summarize(name)]
     text = table(rows)
     write_atomically("results/regime.json", json.dumps(rows, indent=1))
     write_atomically("results/regime.md", text + "\n")

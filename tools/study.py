@@ -61,7 +61,8 @@ VARIANTS = {  # name: (flags of both phases, flags of phase 2 alone); one line m
     "kl": ("", "--internalize_tokens response --internalize_loss kl"),
     "hand-off": ("", "--internalize_tokens response --hand_off true"),
     "placebo": ("--placebo true", ""),
-    "given": ("--given_skills given-skills.jsonl --mine_episodes 0", ""),
+    "given": ("--given_skills given-skills.jsonl --mine_episodes 0", ""),  # a file you write: a
+    # line is {"condition": "...", "strategy": "...", "bucket": "<task type or category>"}
 }
 
 
@@ -82,6 +83,8 @@ def parse():
     args = parser.parse_args()
     args.variants = args.variants.split(",")
     args.seeds = args.seeds.split(",")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: must be 1 at least")
     for variant in args.variants:
         if variant not in VARIANTS:
             raise UserError(f"--variants {variant}: choose of {', '.join(VARIANTS)}")
