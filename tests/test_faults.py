@@ -18,7 +18,7 @@ import evaluate
 from common import UserError
 from runtime import guard, saves
 from runtime.policy import load_policy
-from runtime.run import load_state
+from runtime.run import load_state, require_finite
 from tests.faults import files, kills, runs
 
 
@@ -171,6 +171,28 @@ def test_three_refused_steps_in_a_row_stop_the_run(
         common.update(trainer, broken_rows, config, 0)
 
 
+def test_a_good_step_forgives_the_refused_ones_before_it(
+    broken_rows, trainer, config, tmp_path, monkeypatch
+):
+    """Two bad steps today and one next week are not three in a row."""
+    monkeypatch.chdir(tmp_path)
+    config.minibatch_rows = 10_000
+    good = [row for row in broken_rows if math.isfinite(row.advantage)]
+    for _ in range(2):
+        for _ in range(guard.MOST - 1):
+            common.update(trainer, broken_rows, config, 0)
+        common.update(trainer, good, config, 0)
+        assert trainer.refused == 0
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    good = {"a": torch.ones(3), "b": torch.ones(2, dtype=torch.int64)}
+    require_finite(good, tmp_path)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(UserError, match="b is not finite: not saved"):
+            require_finite(good | {"b": torch.tensor([1.0, bad])}, tmp_path)
+
+
 # --- worlds that fail -----------------------------------------------------------------------------
 
 
@@ -218,6 +240,13 @@ def test_when_most_worlds_fail_the_run_stops_with_the_reason(policy, config, mon
     groups = common.plan_groups(items, config, members=2)
     with pytest.raises(UserError, match="2 of 3 groups could not be played.*the world is gone"):
         common.rollout(policy, config, groups, seed=0)
+
+
+def test_a_run_goes_on_while_half_of_the_worlds_can_be_played(policy, config, monkeypatch):
+    items = envs.list_items("alfworld", "train", config.data)[:2]
+    broken_world(monkeypatch, items[:1], 1)
+    groups = common.plan_groups(items, config, members=2)
+    assert len(common.rollout(policy, config, groups, seed=0)) == 2
 
 
 def test_an_evaluation_never_leaves_an_item_out(policy, config, monkeypatch):

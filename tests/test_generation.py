@@ -1,5 +1,7 @@
 """Sampling against Hugging Face's own forward and `generate`. Each test names the bug it guards."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -101,6 +103,23 @@ def test_response_stops_at_the_first_eos_and_keeps_it(policy):
         assert not set(ids[:-1]) & set(ends) and len(ids) == len(logprobs)
         assert ids[-1] in ends or len(ids) == 60
         assert "<|im_end|>" not in text
+
+
+def test_a_response_ends_at_every_end_that_the_model_or_its_tokenizer_names(policy):
+    """Qwen2.5 ends a turn with one token and a text with another; either ends a response."""
+    config = copy.deepcopy(policy.model.generation_config)
+    own = policy.tokenizer.eos_token_id
+    for named, expected in ((None, {own}), (7, {7, own}), ([7, 9], {7, 9, own})):
+        policy.model.generation_config.eos_token_id = named
+        assert set(generation.eos_ids(policy.model, policy.tokenizer)) == expected
+    policy.model.generation_config = config
+
+
+def test_greedy_tokens_carry_their_log_probs_at_temperature_1(policy):
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    token, logprob = generation.sample(logits, torch.tensor([0.5]), 0.0)
+    assert token.item() == 2
+    assert logprob.item() == pytest.approx(logits.log_softmax(-1)[0, 2].item())
 
 
 def test_sample_draws_each_token_as_often_as_its_probability():

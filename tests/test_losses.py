@@ -185,6 +185,8 @@ def test_the_objective_and_its_gradient_equal_the_formula_written_out(mixed_rows
     config.kl_coef = 0.3
     config.entropy_coef = 0.05
     config.advantage_clip = 0.8
+    config.clip = 0.15
+    config.dual_clip = 2.0
     model = policy.model
     model.zero_grad()
     by_hand = objective_by_hand(model, mixed_rows, config, lambda_=0.6)

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import distill
 import evaluate
 import mine
 import warmup
+from common import Row
 from config import PRESETS, Config, UserError, read_jsonl
 from runtime import saves
 from runtime.run import Run, run_script
@@ -251,6 +253,83 @@ def test_the_control_asks_for_no_skill(tmp_path, monkeypatch):
     assert planned(mine, "--skill_share 0.5", monkeypatch)["mined"]
 
 
+def trained(script, k, flags, episodes, monkeypatch, successes=()) -> dict:
+    """What a phase's iteration k does with these episodes: `lambda_` of its update, whether it
+    `mined`, and the `successes` that it saves.
+    """
+    seen = {"mined": False}
+
+    class Iteration(FirstIteration):
+        root = folder = Path(".")
+
+        def start(self, after):
+            return types.SimpleNamespace(tokenizer=None), {"successes": list(successes)}
+
+        def iterations(self, last):
+            return [k]
+
+        def log(self, *args):
+            pass
+
+        def save_when_due(self, *args, **state):
+            seen.update(state)
+
+    def mined(*args):
+        seen["mined"] = True
+        return {}
+
+    def update(*args, lambda_=0.0):
+        seen["lambda_"] = lambda_
+        return {}
+
+    monkeypatch.setattr(script, "Run", Iteration)
+    monkeypatch.setattr(mine, "mine", mined)
+    monkeypatch.setattr(common, "plan_groups", lambda *args, **options: [])
+    monkeypatch.setattr(script, "rollout", lambda *args: episodes)
+    monkeypatch.setattr(common, "update", update)
+    Path("skills.jsonl").write_text("")
+    call(script, flags)
+    return seen
+
+
+def test_a_round_of_mining_comes_every_so_many_iterations(
+    paired_episodes, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    rounds = [
+        trained(mine, k, "--mine_every 3", paired_episodes, monkeypatch)["mined"]
+        for k in range(1, 8)
+    ]
+    assert rounds == [True, False, False, True, False, False, True]
+
+
+def test_mining_remembers_the_newest_successes(paired_episodes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mine, "MEMORY", 3)
+    paired_episodes[-1].success = True  # of the plain arm
+    for episode in paired_episodes[:-1]:
+        episode.success = False
+    kept = trained(mine, 9, "", paired_episodes, monkeypatch, "abcd")["successes"]
+    assert kept[:2] == ["c", "d"] and kept[2]["iteration"] == 9 and len(kept) == 3
+
+
+def test_lambda_rises_and_the_hand_off_falls_from_1_to_0(paired_episodes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for episode in paired_episodes:
+        episode.success = bool(episode.skills)  # so the gate is open
+    monkeypatch.setattr(distill, "internalization_rows", lambda *args: [Row([1], [1], 1.0, [0.0])])
+    flags = "--lambda_iterations 4 --lambda_max 0.2"
+
+    def lambdas(more=""):
+        return [
+            trained(distill, k, flags + more, paired_episodes, monkeypatch)["lambda_"]
+            for k in (1, 2, 4, 5, 9)
+        ]
+
+    assert lambdas() == pytest.approx([0.05, 0.1, 0.2, 0.2, 0.2])
+    assert lambdas(" --hand_off true") == pytest.approx([1, 0.75, 0.25, 0, 0])
+
+
 # --- mining ---------------------------------------------------------------------------------------
 
 
@@ -317,7 +396,7 @@ def test_internalization_pairs_the_plain_prompt_with_the_skilled_response(
     steps = [step for e in paired_episodes[:2] for step in e.steps]  # helped by their skill
     assert len(rows) == len(steps) > 0
     for row, step in zip(rows, steps):
-        assert row.prompt_ids == step.plain_ids != step.prompt_ids
+        assert row.prompt_ids == step.plain_ids != step.prompt_ids == row.skill_ids
         assert "Experience that may help" not in policy.tokenizer.decode(row.prompt_ids)
         assert row.response_ids == step.response_ids
         assert row.internalize and row.delta == 0.5
@@ -444,7 +523,7 @@ def test_tasks_and_seeds_are_functions_of_seed_phase_and_iteration(config, tmp_p
         ("--data /nowhere", "run alfworld-download, or set ALFWORLD_DATA or --data"),
         ("--device cuda", "no CUDA device"),
         ("--max_prompt_tokens 50", "raise --max_prompt_tokens (50 now)"),
-        ("--group_size 0", "--group_size 0: must be 1 at least"),
+        ("--group_size 0", "--group_size 0: must be 2 at least"),
         ("--skill_share 2", "--skill_share 2.0: must be 0 to 1"),
         ("--lr many", "invalid float value: 'many'"),
     ],

@@ -3,11 +3,13 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import common
 import envs
+import evaluate
 from common import Episode, Row, Step
 from config import UserError
 from runtime.metrics import arms, rollout_metrics
@@ -103,6 +105,66 @@ def test_turns_of_an_episode_do_not_reuse_their_random_numbers(policy, config, g
     assert len(set(seeds)) == len(seeds) == 8
 
 
+def seen_by_generate(monkeypatch) -> list:
+    """What every call of `generate` in a rollout is asked for."""
+    asked = []
+    original = common.generate
+
+    def look(*args, **options):
+        asked.append(options)
+        return original(*args, **options)
+
+    monkeypatch.setattr(common, "generate", look)
+    return asked
+
+
+def test_an_evaluation_samples_at_its_own_temperature_and_training_at_the_runs(
+    policy, config, games, monkeypatch
+):
+    asked = seen_by_generate(monkeypatch)
+    items = envs.list_items("alfworld", "train", games)[:3]
+    monkeypatch.setattr(evaluate, "WAVE", 2)
+    evaluate.evaluate(policy, config, items, 0.4, 7)
+    assert {x["temperature"] for x in asked} == {0.4}
+    assert len({x["seed"] for x in asked}) == len(asked) == 8  # of four turns in two waves
+    asked.clear()
+    config.temperature = 0.9
+    common.rollout(policy, config, common.plan_groups(items[:1], config, members=1), 0)
+    assert {x["temperature"] for x in asked} == {0.9}
+    asked.clear()
+    common.rollout(
+        policy, config, common.plan_groups(items[:1], config, members=1), 0, temperature=0.0
+    )
+    assert {x["temperature"] for x in asked} == {0.0}  # greedy, and not the run's
+
+
+def test_every_process_samples_with_seeds_of_its_own(policy, config, games, monkeypatch):
+    asked = seen_by_generate(monkeypatch)
+    items = envs.list_items("alfworld", "train", games)[:1]
+    groups = common.plan_groups(items, config, members=1)
+    for number in (0, 1):
+        monkeypatch.setattr(common.parallel, "rank", lambda number=number: number)
+        common.play(policy, config, groups[0], 1.0, 5, "")
+    seeds = [x["seed"] for x in asked]
+    assert len(set(seeds)) == len(seeds) == 8
+
+
+def test_a_wrong_purchase_ends_an_episode_and_is_no_success(policy, config, games, monkeypatch):
+    """In WebShop an episode ends with any purchase, and its score is a share of the wishes."""
+    original = envs.make_env
+
+    def make_env(*args):
+        game = original(*args)
+        step = game.step
+        game.step = lambda action: (step(action)[0], 0.0, True, {"success": False, "score": 0.75})
+        return game
+
+    monkeypatch.setattr(envs, "make_env", make_env)
+    items = envs.list_items("alfworld", "train", games)[:1]
+    (episode,) = common.rollout(policy, config, common.plan_groups(items, config, members=1), 0)
+    assert (len(episode.steps), episode.success, episode.score) == (1, False, 0.75)
+
+
 def test_finished_episodes_leave_the_batch_and_only_the_last_step_is_rewarded(config, policy):
     config.max_steps = 20
     items = envs.list_items("alfworld", "train", config.data)
@@ -172,6 +234,31 @@ def test_metrics_tell_the_arms_apart(paired_episodes, config):
     metrics = rollout_metrics(plain, advantages, config, {})
     assert metrics["success_skill"] is None and metrics["delta"] is None
     assert "skill   -  " in arms(metrics)
+
+
+def test_every_logged_share_is_of_what_its_name_says(config):
+    config.max_response_tokens = 3
+
+    def episode(group, success, *steps):
+        made = [Step("", [1], [1] * 4, "", [5] * n, [], "", valid, 0.0) for n, valid in steps]
+        return Episode("i", group, task_type="pick", steps=made, success=success)
+
+    played = [
+        episode("a", True, (3, True)),
+        episode("a", True, (1, True), (3, True), (2, False)),
+        episode("a", True, (2, True)),
+        episode("b", True, (2, True)),
+        episode("b", False, (2, True)),
+        episode("c", False, (2, True)),
+    ]
+    advantages = [np.full(len(e.steps), value) for e, value in zip(played, (-9, 1, 1, 1, 1, 1))]
+    metrics = rollout_metrics(played, advantages, config)
+    assert metrics["no_contrast"] == pytest.approx(2 / 3)  # "a" and "c"
+    assert metrics["invalid"] == pytest.approx(1 / 8)
+    assert metrics["cut"] == pytest.approx(2 / 8)
+    assert metrics["prompt_tokens"] == 4 and metrics["response_tokens"] == pytest.approx(17 / 8)
+    assert metrics["sampled_tokens"] == 17
+    assert 1 < metrics["advantage_p95"] < 9  # between the largest and the next, by size
 
 
 def test_an_item_is_never_changed_by_playing_it(games):

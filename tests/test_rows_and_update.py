@@ -9,6 +9,7 @@ from conftest import as_rows
 
 import common
 from common import Row, find_action_tokens, token_logprobs
+from config import Config
 from runtime import logprobs
 from runtime.batches import make_batches, micro_batches
 from runtime.policy import Policy, load_policy, load_reference, make_optimizer
@@ -144,6 +145,21 @@ def test_micro_batches_hold_every_row_once_within_their_limit():
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 20
     assert len(batches) == 3  # 5 + 6 + 6, 10 + 10, and the long row alone
+
+
+def test_mini_batches_are_shuffled_anew_by_the_seed_and_near_their_size():
+    rows = [Row([1], [n], 0.0, [0.0]) for n in range(40)]
+
+    config = Config(minibatch_rows=15)
+
+    def order(seed):
+        batches = make_batches(rows, config, seed)
+        return [row.response_ids[0] for batch in batches for row in batch]
+
+    assert order(0) != list(range(40)) and sorted(order(0)) == list(range(40))
+    assert order(0) == order(0) != order(1)
+    sizes = [len(batch) for batch in make_batches(rows, config, 0)]
+    assert sizes == [13, 13, 14]  # 40 / 15 is nearer to three than to two
 
 
 # --- action tokens --------------------------------------------------------------------------------
@@ -412,6 +428,16 @@ def test_ratios_start_at_one_even_where_the_sampler_was_off(episodes, trainer, c
     metrics = common.update(trainer, rows, config, 0)
     assert metrics["clipped"] == 0 and metrics["log_ratio"] < 1e-4
     assert metrics["logprob_gap"] == pytest.approx(0.7, abs=1e-3)
+
+
+def test_the_gap_to_the_sampler_is_that_before_anything_moved(episodes, trainer, config):
+    config.minibatch_rows = 4
+    config.recompute_old = False
+    config.lr = 0.05
+    trainer.optimizer = make_optimizer(trainer.model, config)
+    metrics = common.update(trainer, as_rows(episodes)[:16], config, 0)
+    assert metrics["optimizer_steps"] == 4
+    assert metrics["logprob_gap"] < 1e-3 < metrics["log_ratio"]
 
 
 def test_update_without_rows_does_nothing(policy, config):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import common
+import evaluate
 import mine
 import warmup
 from common import UserError
@@ -57,6 +58,48 @@ def test_a_finished_phase_is_extended_by_its_iterations_and_not_repeated(begun, 
     assert [x["episodes_so_far"] for x in logged()] == [4, 8, 12]
 
 
+def test_a_warm_up_ends_with_enough_successes_and_is_not_begun_again(begun, monkeypatch):
+    flags = begun.replace("--run t", "--run u").replace("--n_req 9999", "--n_req 2")
+    flags = flags.replace("--max_steps 3", "--max_steps 14") + " --warmup_iterations 9"
+    call(monkeypatch, warmup, flags)
+    state = torch.load("runs/u/warmup/state.pt", weights_only=True)
+    assert state["finished"] and len(state["successes"]) >= 2
+    ended = len(logged("u"))
+    assert ended < 9
+    call(monkeypatch, warmup, flags)  # it has what it was for, with iterations to spare
+    assert len(logged("u")) == ended
+    more = len(state["successes"]) + 1
+    call(monkeypatch, warmup, flags.replace("--n_req 2", f"--n_req {more}"))
+    assert len(logged("u")) > ended
+
+
+def test_a_save_is_due_by_the_clock_too(begun, monkeypatch):
+    saved = []
+    original = runs.Run.save
+
+    def count(self, policy, bank=None, **state):
+        saved.append(state["iteration"])
+        original(self, policy, bank, **state)
+
+    monkeypatch.setattr(runs.Run, "save", count)
+    flags = begun.replace("--save_every 1", "--save_every 100").replace("--run t", "--run u")
+    call(monkeypatch, warmup, f"{flags} --warmup_iterations 3 --save_minutes 0")
+    assert saved == [1, 2, 3]
+    saved.clear()
+    flags = flags.replace("--run u", "--run v")
+    call(monkeypatch, warmup, f"{flags} --warmup_iterations 3 --save_minutes 60")
+    assert saved == [3]
+
+
+def test_a_fork_leaves_out_what_its_source_did_in_the_phase_it_is_for(begun, monkeypatch):
+    call(monkeypatch, mine, f"{begun} --mine_iterations 1")
+    call(monkeypatch, mine, "--run u --fork t --mine_iterations 2")
+    assert [(x["phase"], x["iteration"]) for x in logged("u")] == [
+        ("warmup", 1), ("mine", 1), ("mine", 2),
+    ]  # fmt: skip
+    assert [x["episodes_so_far"] for x in logged("u")] == [4, 8, 12]
+
+
 def test_a_fork_goes_on_from_another_runs_warm_up_and_counts_its_episodes(begun, monkeypatch):
     call(monkeypatch, mine, "--run control --fork t --skill_share 0 --mine_iterations 1")
     phases = [(x["phase"], x["episodes_so_far"]) for x in logged("control")]
@@ -103,6 +146,16 @@ def test_optimizer_follows_the_flags_and_the_device_of_now_not_those_of_the_save
         ("--lambda_iterations 0", "--lambda_iterations 0: must be 1 at least"),
         ("--minibatch_rows 0", "--minibatch_rows 0: must be 1 at least"),
         ("--max_steps 0", "--max_steps 0: must be 1 at least"),
+        ("--grad_clip -1", "--grad_clip -1.0: must be above 0"),  # the gradient turned round
+        ("--advantage_clip -1", "--advantage_clip -1.0: must be 0 or more"),  # and L_int
+        ("--kl_coef nan", "--kl_coef nan: must be 0 or more"),
+        ("--clip 0", "--clip 0.0: must be above 0"),
+        ("--dual_clip 1", "--dual_clip 1.0: must be above 1"),
+        ("--success_reward nan", "--success_reward nan: must be above 0"),
+        ("--history -1", "--history -1: must be 0 or more"),
+        ("--seed -1", "--seed -1: must be 0 to 4294967295"),
+        ("--engine foo", "--engine foo: must be fast or textworld"),
+        ("--group_size 1", "--group_size 1: must be 2 at least"),
         ("--temperature 0", "--temperature 0.0: must be above 0 in training"),
         ("--skill_share 2", "--skill_share 2.0: must be 0 to 1"),
         ("--baseline rows", "--baseline rows: must be steps or episodes"),
@@ -115,6 +168,34 @@ def test_a_value_that_no_run_could_have_is_one_line_at_the_start(flags, message,
         common.parse_config("warmup", "doc")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("tasks", None), ("tasks", [1]), ("lr", "fast"), ("of_old", 1)]
+)
+def test_a_saved_flag_of_another_version_or_type_is_named(begun, monkeypatch, field, value):
+    """Another version's flag was ignored by one script and a traceback of another."""
+    path = Path("runs/t/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=f"runs/t/config.json: no flag '{field}'"):
+        call(monkeypatch, mine, "--run t")
+
+
+def test_a_line_of_the_log_without_its_counts_is_dropped_as_damaged(begun, monkeypatch, capsys):
+    path = Path("runs/t/metrics.jsonl")
+    path.write_text(path.read_text() + '{"phase": "warmup", "iteration": 1}\n')
+    call(monkeypatch, warmup, f"{begun} --warmup_iterations 2")
+    assert "lines [2] were damaged" in capsys.readouterr().out
+    assert [x["episodes_so_far"] for x in logged()] == [4, 8]
+    path.write_text(path.read_text() + "[1, 2]\n")
+    with pytest.raises(UserError, match="metrics.jsonl, line 3: not a JSON object"):
+        call(monkeypatch, mine, "--run u --fork t --mine_iterations 1")
+
+
+@pytest.mark.parametrize("flags", ["--eval_items -5", "--eval_temperature nan", "--eval_seed -1"])
+def test_an_evaluation_that_cannot_be_is_one_line(begun, monkeypatch, flags):
+    with pytest.raises(UserError, match=f"{flags.split()[0]} .*: must be 0 or more"):
+        call(monkeypatch, evaluate, f"--run t --checkpoint warmup {flags}")
 
 
 @pytest.mark.parametrize(

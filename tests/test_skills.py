@@ -1,6 +1,7 @@
 """The life of a skill, retrieval, what the bank takes in, Delta_g. Names tell the bug guarded."""
 
 import json
+import math
 import time
 from dataclasses import asdict, replace
 
@@ -159,10 +160,18 @@ def test_a_candidate_is_alone_in_the_prompt_so_that_delta_is_its_own():
     bank = bank_of(candidate, *active, n_eval=4)
     for _ in range(4):
         assert bank.retrieve("heat some egg", "heat") == [candidate]
-    for _ in range(6):  # then both kinds get their turns, never together
+    turns = []
+    for _ in range(20):  # then both kinds get their turns, never together
         found = bank.retrieve("heat some egg", "heat")
         assert found == [candidate] or all(s.status == "active" for s in found)
         assert len(found) <= 3
+        turns.append(found == [candidate])
+    assert any(turns) and not all(turns)
+    candidate.retrieved = 9
+    active[0].retrieved = 10
+    active[0].utility = 0.9  # the best of the active ones is the measure, and no other
+    assert bank.retrieve("heat some egg", "heat") == [candidate]
+    assert bank.retrieve("heat some egg", "heat")[0] is active[0]
 
 
 def test_retired_skills_and_those_of_other_task_types_never_return():
@@ -180,6 +189,20 @@ def test_the_skill_that_fits_the_task_and_the_more_useful_one_come_first():
     lamp.utility = 0.9
     assert bank.retrieve("find the shelf", "look", k=1) == [lamp]
     assert bank.retrieve("find the shelf", "look", k=2) == [lamp, shelf]
+
+
+def test_a_skills_score_is_match_utility_and_bonus_of_its_bucket():
+    """0.5 of the lexical match, u, and 0.1 of the bonus for the little-tried."""
+    skill = Skill("a", "1", "look", status="active", utility=0.3, retrieved=3)
+    other = Skill("a", "2", "look", status="active", retrieved=4)
+    bank = bank_of(skill, other, Skill("a", "3", "pick", retrieved=900))
+    assert bank.value(skill) == pytest.approx(0.3 + 0.1 * (math.log(8) / 4) ** 0.5)
+    fits = Skill("find the shelf", "1", "look", status="active")
+    useful = Skill("x", "2", "look", status="active", utility=0.4)
+    bank = bank_of(fits, useful)
+    assert bank.retrieve("find the shelf", "look", k=1, training=False) == [fits]  # 0.5 > 0.4
+    useful.utility = 0.55
+    assert bank.retrieve("find the shelf", "look", k=1, training=False) == [useful]
 
 
 def test_the_little_tried_get_a_bonus():
@@ -237,6 +260,16 @@ def test_bank_refuses_a_word_of_thousands_of_letters_but_no_prose():
     assert bank.add("it is dark", long_words, "pick") == "characters"
     prose = "take the hot object to the receptacle that the task names " * 7  # 77 words
     assert bank.add("it is dark", prose.strip(), "pick") == "added"
+
+
+def test_a_retired_text_does_not_come_back_and_takes_no_room():
+    gone = [Skill("c", f"{i}", "pick", status="retired", utility=9) for i in range(30)]
+    gone[0].strategy = "take the object to the fridge"
+    live = Skill("c", "open every drawer", "pick", utility=-0.5)
+    bank = bank_of(*gone, live)
+    assert bank.add("it is hot", "take the object to the fridge", "pick") == "duplicate"
+    assert bank.add("it is hot", "look under the bed", "pick") == "added"
+    assert live.status == "candidate"  # of 20 places two are taken
 
 
 def test_a_full_bucket_retires_its_least_valued_skill():
@@ -368,14 +401,30 @@ def test_counts_and_the_table_tell_the_statuses_apart():
 # --- retrieval in a phase -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share, skilled", [(0, 0), (0.01, 1), (0.25, 1), (0.5, 2), (1, 4)])
+@pytest.mark.parametrize(
+    "share, skilled", [(0, 0), (0.01, 1), (0.25, 1), (0.5, 2), (0.9, 3), (1, 4)]
+)
 def test_skill_share_is_the_share_of_a_group_that_carries_skills(share, skilled, config, games):
-    """A small share is one member: none would mine skills and never try them."""
+    """A small share is one member: none would mine skills and never try them. A large one leaves a
+    plain member, or no skill ever had a Delta_g.
+    """
     item = common.envs.list_items("alfworld", "train", games)[0]
     settings = replace(config, skill_share=share, group_size=4)
     bank = bank_of(Skill("b", "2", alfworld.task_type_of(item), status="active"))
     (group,) = common.plan_groups([item], settings, bank=bank, statuses=("active",))
     assert [bool(e.skills) for e in group] == [True] * skilled + [False] * (4 - skilled)
+
+
+def test_a_skill_is_chosen_for_the_task_and_not_for_its_type(config, games):
+    item = common.envs.list_items("alfworld", "train", games)[0]
+    task = common.envs.make_env("alfworld", item).reset().task
+    kind = alfworld.task_type_of(item)
+    fits = Skill(task, "1", kind, status="active")
+    typical = Skill(kind, "2", kind, status="active", utility=0.1)
+    config.top_k = 1
+    bank = bank_of(typical, fits)
+    (group,) = common.plan_groups([item], config, bank=bank, statuses=("active",))
+    assert group[0].skills == (fits,)
 
 
 def test_a_phase_gets_the_skills_of_the_statuses_it_names(config, games):

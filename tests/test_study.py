@@ -1,12 +1,13 @@
 """The statistics of tools/study.py, tools/regime.py and tools/effects.py."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 
 from config import Config, UserError
-from skills import Skill
+from skills import Skill, SkillBank
 from tools import effects, pool, regime, study, subtasks
 
 
@@ -58,6 +59,93 @@ def test_episodes_until_a_goal_lie_between_two_evaluations():
     assert regime.episodes_until(curve((100, 0, 10), (200, 10, 10)), 0.8) == 180
     assert regime.episodes_until(curve((100, 9, 10), (200, 10, 10)), 0.8) == 100
     assert regime.episodes_until(curve((100, 0, 10), (200, 5, 10)), 0.8) == 200  # never
+
+
+def test_a_regime_row_is_the_variant_minus_the_control(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "study-s.json").write_text(json.dumps(two_seeds(2)))
+    for seed, success in (("1", 0.1), ("2", 0.3)):
+        folder = tmp_path / "runs" / f"s-warmup-s{seed}"
+        folder.mkdir(parents=True)
+        first = {"success": success, "no_contrast": 0.75}
+        later = {"success": 0.9, "no_contrast": 0.0}
+        (folder / "metrics.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(later))
+    control, ours = regime.summarize("s")
+    assert (ours["variant"], ours["seeds"]) == ("siri", 2)
+    assert ours["curve_gain"] == pytest.approx(0.1) and ours["end_gain"] == pytest.approx(0.2)
+    assert (ours["rare"], ours["contrast"]) == pytest.approx((0.2, 0.25))
+    assert (ours["warmup"], ours["end"]) == pytest.approx((0.2, 0.4))
+    low, high = ours["end_interval"]
+    assert low < 0.2 < high and control["end_gain"] == 0
+    (tmp_path / "results" / "study-t.json").write_text(json.dumps({"siri": {}}))
+    with pytest.raises(UserError, match="no variant gigpo"):
+        regime.summarize("t")
+
+
+def test_the_quantiles_are_those_of_students_t():
+    x = np.linspace(0, 200, 2_000_001)
+    for freedom, t in enumerate(study.T_975, 1):
+        density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
+        scale /= math.sqrt(freedom * math.pi)
+        inside = scale * density[x <= t].sum() * (x[1] - x[0])
+        assert inside == pytest.approx(0.475, abs=1e-3), freedom
+
+
+def test_a_study_counts_episodes_to_the_end_of_an_iteration_and_explains_phases_1_and_2(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "n-siri-s1"
+    folder.mkdir(parents=True)
+    lines = [("warmup", 1, 64, 0), ("mine", 1, 128, 0), ("mine", 2, 192, 1), ("distill", 1, 256, 3)]
+    records = [
+        {"phase": phase, "iteration": k, "episodes_so_far": n, "active": active, "no_contrast": 0.5}
+        | ({"no_contrast": 1.0} if phase == "warmup" else {})
+        for phase, k, n, active in lines
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert study.episodes_at(records, "mine", 1) == 128
+    assert study.episodes_at(records, "mine", 2) == 192
+    assert study.episodes_at(records, "warmup", 10**9) == 64
+    args = type("Args", (), {"name": "n", "seeds": ["1"]})
+    explained = study.diagnostics(args, "siri")
+    assert explained["no_contrast"] == 0.5
+    assert explained["iterations with an active skill"] == pytest.approx(2 / 3)
+
+
+def test_a_studys_table_compares_with_gigpo(monkeypatch):
+    monkeypatch.setattr(study, "diagnostics", lambda *args: {"x": None})
+    args = type("Args", (), {"variants": ["gigpo", "siri"]})
+    lines = study.table(args, two_seeds(2)).splitlines()
+    gigpo, siri = (next(x for x in lines if x.startswith(f"| {name} | 1")) for name in two_seeds(2))
+    assert "+0.200" in siri and "+0.100" in siri and "+0" not in gigpo
+
+
+def test_an_effect_is_success_with_the_skill_minus_without(monkeypatch, tmp_path):
+    """Played here by a policy that solves whatever it has a skill for."""
+    config = Config(n_eval=1)
+    bank = SkillBank(config)
+    bank.skills = [
+        Skill("c", "good", "b", status="active", n=2, deltas=[0.5, -0.5]),
+        Skill("c", "untried", "b", n=0),
+    ]
+    monkeypatch.setattr(SkillBank, "load", lambda *args: bank)
+    monkeypatch.setattr(effects, "set_up", lambda config: "cpu")
+    monkeypatch.setattr(effects, "load_policy", lambda *args, **options: (None, None))
+    monkeypatch.setattr(effects, "items_of_buckets", lambda *args: {"b": ["i", "j"]})
+
+    def rollout(policy, config, groups, **options):
+        for (episode,) in groups:
+            episode.success = bool(episode.skills) or episode.item == "i"
+        return [episode for group in groups for episode in group]
+
+    monkeypatch.setattr(effects.common, "rollout", rollout)
+    text = effects.measure(config, tmp_path, 2)
+    assert "| active | +0.00 | 2 | +0.50 +- 0.50 | 0.50 | when c: good |" in text
+    assert "untried" not in text
+    assert "verdicts right: 1 of 1; groups whose Delta_g had the sign of the effect: 1 of 2" in text
 
 
 def test_a_verdict_is_right_when_the_effect_agrees_with_it():
@@ -139,10 +227,39 @@ def test_a_third_look_needs_a_wider_interval():
     )
 
 
+def test_studies_are_pooled_once_each_and_of_one_plan(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+
+    def run(name, results, flags=""):
+        (tmp_path / "results" / f"study-{name}.json").write_text(json.dumps(results))
+        words = ["pool.py", "--studies", f"a,{name}", *flags.split()]
+        monkeypatch.setattr("sys.argv", words)
+        pool.main()
+
+    (tmp_path / "results" / "study-a.json").write_text(json.dumps(two_seeds(2)))
+    with pytest.raises(UserError, match="a seed occurs twice"):
+        run("b", two_seeds(2))
+    longer = {v: {"3": curve((0, 1, 10), (200, 5, 10))} for v in ("gigpo", "siri")}
+    with pytest.raises(UserError, match="not of one plan"):
+        run("b", longer)
+    with pytest.raises(UserError, match="--looks 0"):
+        run("b", longer, "--looks 0")
+    equal = {v: {"3": curve((0, 1, 10), (100, 5, 10))} for v in ("gigpo", "siri")}
+    run("b", equal, "--looks 3 --out x")
+    said = capsys.readouterr().out
+    assert "ahead in 2 of 3 seeds" in said  # a tie is not ahead
+    pooled = json.loads((tmp_path / "results" / "pool-x.json").read_text())
+    low, high = pooled["end_looks"]
+    assert f"98.3% {low:+.3f} to {high:+.3f})" in said and pooled["seeds"] == 3
+    low, high = pooled["end_95"]
+    assert f"+0.133 (95% {low:+.3f} to {high:+.3f};" in said
+
+
 def test_pooled_variants_have_the_same_seeds():
     study_of_one = two_seeds(2)
     del study_of_one["siri"]["2"]
-    with pytest.raises(UserError, match="other seeds"):
+    with pytest.raises(UserError, match="other seeds or points"):
         pool.differences(study_of_one, "siri", "gigpo")
     with pytest.raises(UserError, match="no variant kl"):
         pool.differences(two_seeds(2), "kl", "gigpo")

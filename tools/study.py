@@ -199,18 +199,18 @@ def collect(args) -> dict:
             run = Path("runs") / f"{args.name}-{variant}-s{seed}"
             warmup = Path("runs") / f"{args.name}-warmup-s{seed}" / "study-warmup.json"
             metrics = read_jsonl(run / "metrics.jsonl")
-            curve = [(episodes_until(metrics, "warmup", 10**9), read_json(warmup)["items"])]
+            curve = [(episodes_at(metrics, "warmup", 10**9), read_json(warmup)["items"])]
             mined = Path("runs") / mined_by(args, variant, seed) / "study-mine.json"
-            at = episodes_until(metrics, "mine", args.mine_iterations)
+            at = episodes_at(metrics, "mine", args.mine_iterations)
             curve.append((at, read_json(mined)["items"]))
             for iterations in stages(args):
                 items = read_json(run / f"study-distill-{iterations}.json")["items"]
-                curve.append((episodes_until(metrics, "distill", iterations), items))
+                curve.append((episodes_at(metrics, "distill", iterations), items))
             results[variant][seed] = curve
     return results
 
 
-def episodes_until(metrics, phase, iteration) -> int:
+def episodes_at(metrics, phase, iteration) -> int:
     """Episodes a run had rolled out by the end of an iteration of a phase."""
     lines = [x for x in metrics if x["phase"] == phase and x["iteration"] <= iteration]
     return lines[-1]["episodes_so_far"]
