@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import ROOT
 
-from tools import regime, report, study
+from tools import pool, regime, report, study
 
 SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "runs", "tests"} & set(p.parts)]
 METHOD = (ROOT / "docs" / "method.md").read_text()
@@ -71,10 +71,13 @@ def test_the_numbers_of_the_readme_are_those_of_the_result_files():
     assert demo["conclusion"] and demo["conclusion"] in readme
     rows = json.loads(result("regime.json"))
     assert regime.table(rows) in result("study.md")
-    ten = re.search(
-        r"\*\*Ten seeds\*\*: siri - gigpo over the curve (.*?\))", result("study.md")
-    )
-    assert ten.group(1) in readme
+    pooled = json.loads(result("pool-siri-gigpo.json"))
+    for measure in ("curve", "end"):
+        assert pool.sentence(pooled, measure) in readme
+        assert pool.sentence(pooled, measure) in result("study.md")
+    new = json.loads(result("pool-new-seeds.json"))
+    assert f"over the curve {pool.sentence(new, 'curve')}, at the end" in result("study.md")
+    assert f"{pooled['curve_ahead']} of them ahead" in readme
     for row in rows:
         if row["variant"] != study.CONTROL:
             gain = f"{row['curve_gain']:+.3f} ({study.between(row['curve_interval'])})"
