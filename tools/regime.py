@@ -138,6 +138,7 @@ def main():
     earlier = read_json(known) if known.exists() else []
     rows = [row for row in earlier if row["study"] not in names]
     rows += [row for name in names for row in summarize(name)]
+    rows.sort(key=lambda row: -row["rare"])  # easy to hard
     text = table(rows)
     write_atomically("results/regime.json", json.dumps(rows, indent=1))
     write_atomically("results/regime.md", text + "\n")
