@@ -78,6 +78,9 @@ def test_the_numbers_of_the_readme_are_those_of_the_result_files():
     new = json.loads(result("pool-new-seeds.json"))
     assert f"over the curve {pool.sentence(new, 'curve')}, at the end" in result("study.md")
     assert f"{pooled['curve_ahead']} of them ahead" in readme
+    strong = json.loads(result("pool-response-new.json"))
+    assert f"{pool.sentence(strong, 'curve')} over SIRI" in readme
+    assert f"over the curve {pool.sentence(strong, 'curve')} on the ten" in result("study.md")
     for row in rows:
         if row["variant"] != study.CONTROL:
             gain = f"{row['curve_gain']:+.3f} ({study.between(row['curve_interval'])})"
