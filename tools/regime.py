@@ -120,7 +120,7 @@ def draw(names, rows, title, path):
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     np.atleast_1d(axes)[0].set_ylabel("held-out success, plain prompt")
-    np.atleast_1d(axes)[0].legend(frameon=False, fontsize=8)
+    np.atleast_1d(axes)[-1].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
