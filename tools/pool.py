@@ -26,7 +26,7 @@ import numpy as np
 
 from config import UserError, read_json, write_atomically
 from runtime.run import run_script
-from tools.study import CONTROL, curve_means, matrix
+from tools.study import CONTROL, curve_means, matrix, save
 
 
 def differences(results, variant, control) -> list:
@@ -94,10 +94,7 @@ def draw(studies, pooled, title, path):
         axis.plot(x, [row["curve"] for row in rows], "o", ms=6, label=f"{name}: its seeds")
     axis.set(xlabel="held-out success after the warm-up", ylabel=f"{title}, over the curve")
     axis.legend(frameon=False, fontsize=8)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main():

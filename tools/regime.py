@@ -28,7 +28,7 @@ import numpy as np
 
 from config import UserError, read_json, read_jsonl, write_atomically
 from runtime.run import run_script
-from tools.study import CONTROL, between, curve_means, interval, matrix, mean_curve
+from tools.study import CONTROL, between, curve_means, interval, matrix, mean_curve, save
 
 
 def episodes_until(curve, goal) -> float:
@@ -117,13 +117,10 @@ def draw(names, rows, title, path):
         rare = next(row["rare"] for row in rows if row["study"] == name)
         axis.set_title(f"{name}: plain success {rare:.3f} at first", fontsize=9)
         axis.set(xlabel="episodes", ylim=(0, 1))
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
     np.atleast_1d(axes)[0].set_ylabel("held-out success, plain prompt")
     np.atleast_1d(axes)[-1].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main():

@@ -332,8 +332,14 @@ def draw(args, results, path):
     axis.set(xlabel="episodes", ylabel="held-out success, plain prompt", ylim=(0, 1))
     axis.set_title(f"{args.name}: mean and range of {len(args.seeds)} seeds", fontsize=10)
     axis.legend(frameon=False)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    save(figure, path)
+
+
+def save(figure, path):
+    """Write a figure, its axes open at the top and the right."""
+    for axis in figure.axes:
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
