@@ -89,6 +89,12 @@ def test_the_numbers_of_the_readme_are_those_of_the_result_files():
     assert real.group(1) in readme
     gain = re.search(r"\| siri \|.*?\| ([+-][\d.]+) \| ", result("study-alfworld.md"))
     assert f"{gain.group(1)} " in result("alfworld.md")
+    solved = json.loads(result("smollm2-real.json"))["solved"]
+    siri, gigpo = len(solved["SIRI"]), len(solved["GiGPO"])
+    assert f"SIRI {siri} and GiGPO {gigpo} of 140 held-out games" in readme
+    for line in map(json.loads, result("bench-gpu.jsonl").splitlines()):
+        if line.get("figure") in ("rollout", "update"):
+            assert f"{line['value']:,.0f}" in readme, line
     end = re.search(r"at the end \| \d+ \| (\d+) \| (\d+)", result("smollm2.md"))
     assert f"SIRI {end.group(1)} and GiGPO {end.group(2)} of 30" in readme
 

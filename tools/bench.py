@@ -64,16 +64,19 @@ class Bench:
 
 
 class Report:
-    """Prints each figure as a line of JSON, and keeps the lines."""
+    """Prints each figure as a line of JSON and appends it to a file: a later figure may fail."""
 
-    def __init__(self, first):
-        self.lines = []
+    def __init__(self, out, first):
+        self.out = out
         self.write(first)
 
     def write(self, line):
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
-        self.lines.append(json.dumps(rounded))
-        print(self.lines[-1], flush=True)
+        line = json.dumps(rounded)
+        print(line, flush=True)
+        if self.out:
+            with open(self.out, "a") as file:
+                file.write(line + "\n")
 
     def figure(self, name, value, unit, peer_name="", peer=None, **more):
         """A value, and what it is beside a peer's in the same unit: ratio = value / peer."""
@@ -358,7 +361,7 @@ def main():
         "dtype": config.dtype,
         "parameters": policy.model.num_parameters(),
     }
-    report = Report(first)
+    report = Report(bench.out, first)
 
     short = replace(config, max_steps=bench.turns, max_response_tokens=bench.new_tokens)
     episodes, turns = play(policy, short, bench)
@@ -377,9 +380,6 @@ def main():
     stock = alfworld_speed(item, "textworld", bench.env_steps)
     report.figure("env", fast, "steps/s", "stock", stock)
     bench_webshop(report)
-    if bench.out:
-        with open(bench.out, "a") as file:
-            file.write("\n".join(report.lines) + "\n")
 
 
 if __name__ == "__main__":
