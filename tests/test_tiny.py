@@ -147,6 +147,7 @@ def lessons(out, **changes):
         ("--out x --start y --model z", "not both"),
         ("--out x --modle y", "did you mean --model"),
         ("--out x --count 0", "1 at least"),
+        ("--out x --steps 0", "0.25 to 1"),
         ("--out x --held_out 0", "1 at least"),
         ("--out x --difficulties 2", "--world webshop"),
     ],
@@ -164,6 +165,16 @@ def test_a_short_version_of_the_training_command_learns_and_is_reproducible(tmp_
     assert long["loss"] < short["loss"] - 0.5 and short == again
     weights = [(tmp_path / d / "model.safetensors").read_bytes() for d in "bc"]
     assert weights[0] == weights[1]
+
+
+def test_fewer_steps_leave_as_many_lessons_and_every_summary():
+    """Of 1,200 lessons 60 were summaries: too few for a skill to name the step that mattered."""
+    drawn = imitate.draw(Lessons(steps=0.4), 400, seed=3)
+    everything = household.lessons(1000, seed=3)
+    wanted = [pair for pair in everything if imitate.is_summary(pair[1])]
+    assert [pair for pair in drawn if imitate.is_summary(pair[1])] == wanted
+    assert len(set(drawn)) == len(drawn) == 400 and set(drawn) <= set(everything)
+    assert imitate.draw(Lessons(), 400, seed=3) == everything[:400]
 
 
 @pytest.mark.parametrize("pretrained", [False, True])

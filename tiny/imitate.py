@@ -3,7 +3,7 @@
     python -m tiny.imitate --seed 0 --out base                     # how the shipped policy was made
     python -m tiny.imitate --start base --seed 1 --count 20000 --knows 0.4 --lr 0.01 --out next
     python -m tiny.imitate --start next --seed 2 --count 6000 --knows 0.3 --lr 0.005 --out policy
-    python -m tiny.imitate --model smollm2 --count 1200 --knows 0.3 --out runs/smollm2-taught
+    python -m tiny.imitate --model smollm2 --count 1200 --steps 0.4 --knows 0.3 --out taught
     python -m tiny.imitate --data DIR --out real    # on the training games of a data folder instead
 
 A fresh machine has no pretrained model, so a Qwen2-architecture policy of 0.7M parameters plays the
@@ -57,6 +57,7 @@ class Lessons:
     world: str = flag("alfworld", "whose lessons: alfworld or webshop")
     seed: int = flag(0, "of the lessons, their order and new weights")
     count: int = flag(60_000, "lessons to learn from, each once")
+    steps: float = flag(1.0, "share of an episode's steps to show; a summary is always a lesson")
     knows: float = flag(
         -1.0,
         "share of right appliances, or of options chosen, without a skill; "
@@ -98,7 +99,15 @@ def draw(lessons: Lessons, count, seed, split="train") -> list:
         chosen["difficulties"] = lessons.difficulties
     if lessons.data:
         chosen |= {"data": lessons.data, "split": split}
-    return TEACHERS[lessons.world].lessons(count, seed, **chosen)
+    pairs = TEACHERS[lessons.world].lessons(math.ceil(count / lessons.steps), seed, **chosen)
+    acting = [k for k, (_, response) in enumerate(pairs) if not is_summary(response)]
+    skipped = set(random.Random(f"{seed} steps").sample(acting, len(pairs) - count))
+    return [pair for k, pair in enumerate(pairs) if k not in skipped]
+
+
+def is_summary(response) -> bool:
+    """Whether a lesson's response is the JSON of a skill, or else a step's thought and action."""
+    return response.startswith("{")
 
 
 def begin(lessons: Lessons, pairs, folder=None) -> tuple:
@@ -210,7 +219,7 @@ def measure(model, tokenizer, pairs, lessons: Lessons) -> dict:
     result = {"loss": total / sum(lengths)}
     result |= dict.fromkeys(("steps", "exact", "valid", "summaries", "parsable"), 0)
     for (_, wanted), (_, _, text) in zip(pairs, answers):
-        if wanted.startswith("{"):
+        if is_summary(wanted):
             result["summaries"] += 1
             result["parsable"] += parse_skill(text) is not None
         else:
@@ -314,6 +323,7 @@ def check(lessons: Lessons):
         ("data", not lessons.data or lessons.world == "alfworld", "for ALFWorld; leave it out"),
         ("start", not (lessons.start and lessons.model), "or --model, not both"),
         ("count", lessons.count > 0, "1 at least"),
+        ("steps", 0.25 <= lessons.steps <= 1, "0.25 to 1"),
         ("held_out", lessons.held_out > 0, "1 at least"),
         (
             "difficulties",
