@@ -143,7 +143,7 @@ def lessons(out, **changes):
     [
         ("", "--out"),
         ("--out x --world shop", "webshop"),
-        ("--out x --world webshop --data y", "leave it out"),
+        ("--out x --world webshop --data y --difficulties 2", "leave it out"),
         ("--out x --start y --model z", "not both"),
         ("--out x --modle y", "did you mean --model"),
         ("--out x --count 0", "1 at least"),

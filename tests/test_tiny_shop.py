@@ -33,9 +33,10 @@ def test_choosing_every_option_of_the_task_succeeds_and_choosing_none_does_not(c
 
 def test_a_skill_decides_which_options_are_chosen():
     strategies = [shop.strategy_text(["size", "color"]), shop.strategy_text(["flavor"])]
-    assert shop.follow(strategies, ["pack"]) == ["color", "size", "flavor"]
-    assert shop.follow([shop.strategy_text([])], ["pack"]) == []
-    assert shop.follow([], ["pack"]) == ["pack"]
+    names = ["color", "flavor", "pack", "size"]
+    assert shop.follow(strategies, ["pack"], names) == ["color", "flavor", "size"]
+    assert shop.follow([shop.strategy_text([])], ["pack"], names) == []
+    assert shop.follow([], ["pack"], names) == ["pack"]
 
 
 def test_catalogue_of_the_demo_has_a_hundred_held_out_goals_of_other_products(tmp_path):
@@ -54,3 +55,21 @@ def test_few_lessons_too_are_of_all_difficulties():
     }
     named = {sum(f"{name}: " in task for name in shop.OPTIONS) for task in tasks}
     assert named == {1, 2, 3, 4}
+
+
+def test_lessons_of_a_data_folder_show_its_training_goals_only(tmp_path):
+    """A lesson about a held-out product would leak the evaluation."""
+    folder = str(shop.make_catalogue(tmp_path / "shop", products=60, seed=1))
+    shown = {}
+    for split in ("train", "test"):
+        pairs = shop.lessons(300, seed=3, data=folder, split=split)
+        shown[split] = {re.findall("Find me (.*?) with", prompt)[-1] for prompt, _ in pairs}
+    assert shown["train"] and shown["test"] and not shown["train"] & shown["test"]
+
+
+def test_a_summary_names_the_options_that_were_chosen():
+    """In real shops a value is no list of ours, and one value may be part of another."""
+    offered = {"color": ["red", "dark red"], "item shape": ["round"], "size": ["3 ft"]}
+    history = [("page", "click[dark red]"), ("page", "click[round]"), ("page", "click[buy now]")]
+    text = shop.summarize("garden", offered, history)
+    assert "choose the color and the item shape of the task" in text

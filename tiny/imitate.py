@@ -64,7 +64,7 @@ class Lessons:
         "below 0: the world's, 0 or 0.45",
     )
     difficulties: list[int] = flag((), "shop: options of a product, in turns, 1 to 5")
-    data: str = flag("", "folder with json_2.1.1: lessons from its training games")
+    data: str = flag("", "a world's data folder: lessons from its training games or goals")
     start: str = flag("", "a tiny policy made by this command, to go on with")
     model: str = flag("", "a pretrained model to teach: folder, hub name or smollm2")
     rows: int = flag(0, "lessons of an optimizer step; 0: 32, with --model 8")
@@ -91,7 +91,9 @@ FREE = (  # change no result
 
 
 def draw(lessons: Lessons, count, seed, split="train") -> list:
-    """`count` (prompt, response) pairs by the world's teacher; made games have no splits."""
+    """`count` (prompt, response) pairs by the world's teacher; what is made for the lessons has no
+    splits.
+    """
     chosen = {}
     if lessons.knows >= 0:
         chosen["knows"] = lessons.knows
@@ -300,7 +302,8 @@ def train_policy(lessons: Lessons) -> dict:
             saved_at = time.time()
     model.eval()
     spread = 8  # one of so many lessons, or they would be of few games
-    held_out = draw(lessons, spread * lessons.held_out, lessons.seed + 1_000_000, "valid_seen")
+    split = envs.world(lessons.world).EVAL_SPLIT
+    held_out = draw(lessons, spread * lessons.held_out, lessons.seed + 1_000_000, split)
     record["result"] = measure(model, tokenizer, held_out[::spread], lessons)
     save(out, model, tokenizer, record)
     print(report(record["result"]), f"-> {out}")
@@ -320,15 +323,14 @@ def check(lessons: Lessons):
     limits = [
         ("out", lessons.out, "name the folder to write to"),
         ("world", lessons.world in TEACHERS, f"choose {' or '.join(TEACHERS)}"),
-        ("data", not lessons.data or lessons.world == "alfworld", "for ALFWorld; leave it out"),
         ("start", not (lessons.start and lessons.model), "or --model, not both"),
         ("count", lessons.count > 0, "1 at least"),
         ("steps", 0.25 <= lessons.steps <= 1, "0.25 to 1"),
         ("held_out", lessons.held_out > 0, "1 at least"),
         (
             "difficulties",
-            not lessons.difficulties or lessons.world == "webshop",
-            "of the shop; leave it out, or --world webshop",
+            not lessons.difficulties or (lessons.world == "webshop" and not lessons.data),
+            "of the made shops; leave it out, or --world webshop without --data",
         ),
     ]
     for name, is_right, remedy in limits:

@@ -23,22 +23,26 @@ def train_tokenizer(texts, world="alfworld", short=False):
     A space goes with the word behind it, in the shop with the word before it: there an option has
     to be the same token in the task (`color: red,`), on the page (`'red'`) and in `click[red]`.
 
-    short   fewer tokens for the long prompts of real games: one for the fixed sentences, and one
-            for what stands between two receptacles in the list of actions
+    short   fewer tokens for the long prompts of real data: one for the fixed sentences, one for
+            what stands between two actions and, in the shop, between two parts of a page
     """
     tokenizer = Tokenizer(models.BPE())
     chunks = r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9]+?(?= ?[A-Za-z0-9]|$)"
+    between = r"'\n'go to|"
+    size = 1024  # real rooms have more kinds of things
     if world == "webshop":
         chunks = r"[A-Za-z]+ ?|[0-9]+ ?|[^A-Za-z0-9]+?(?=[A-Za-z0-9]|$)"
+        between = r"'\n'click\[|' \[SEP\] '|"
+        size = 2048  # and titles more words
     if short:
-        chunks = r"'\n'go to|" + chunks
+        chunks = between + chunks
     split = pre_tokenizers.Split(Regex(chunks), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=1024 if short else 896,  # real rooms have more kinds of things
+        vocab_size=size if short else 896,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -9,9 +9,11 @@ that the task names. It follows a skill that says which to choose, right or wron
 what an episode chose. That all named options have to be chosen, the three phases find out.
 """
 
+import itertools
 import json
 import random
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 import envs
@@ -135,12 +137,12 @@ def strategy_text(chosen) -> str:
     return f"open the product, choose the {' and the '.join(chosen)} of the task, then buy it"
 
 
-def follow(strategies, plan) -> list:
-    """The options to choose after reading skills: all that any of them names."""
+def follow(strategies, plan, names) -> list:
+    """The options, of the task's `names`, to choose after reading skills: all that any names."""
     if not strategies:
         return plan
     text = " ".join(strategies)
-    return [name for name in OPTIONS if f"the {name} " in text]
+    return [name for name in names if f"the {name} " in text]
 
 
 def demonstrate(env, plan, rng, max_steps=11) -> list:
@@ -178,46 +180,65 @@ def next_move(env, obs, plan) -> tuple:
     return "I buy it", "click[buy now]"
 
 
-def summarize(category, names, history) -> str:
+def summarize(category, offered, history) -> str:
     """What an instruct model would write of an episode, as the skill's JSON.
 
-    names     of the options that the task names
+    offered   {option that the task names: all values that the product has of it}
     history   [(observation text, action), ...]
     """
-    actions = " ".join(action for _, action in history)
-    chosen = [n for n in names if any(f"click[{value}]" in actions for value in OPTIONS[n])]
+    actions = {action for _, action in history}
+    chosen = [name for name in offered if actions & {f"click[{v}]" for v in offered[name]}]
     condition = f"shopping for {category}"
     return json.dumps({"condition": condition, "strategy": strategy_text(chosen)})
 
 
-def lessons(count, seed, knows=0.45, difficulties=(None,)) -> list:
+def lessons(count, seed, knows=0.45, difficulties=(None,), data=None, split="train") -> list:
     """`count` (prompt, response) pairs: plain steps, steps under skills, and summaries.
 
     knows          how often the demonstrator chooses an option that the task names, without a skill
     difficulties   of the catalogues, in turns: see `make_catalogue`
+    data           a data folder, the goals of whose `split` to show; None: catalogues made for the
+                   lessons
     """
     rng = random.Random(f"{seed} lessons")
-    pairs = []
-    number = 0  # of the catalogue
     # a goal gives about ten; a catalogue has one difficulty, and few lessons too are of all
     goals = max(1, min(GOALS, count // 10) // len(difficulties))
+    games = goals_of(data, rng, split) if data else made_goals(seed, goals, difficulties)
+    pairs = []
     while len(pairs) < count:
-        number += 1
+        pairs += lesson(next(games), rng, knows)
+    return pairs[:count]
+
+
+def made_goals(seed, goals, difficulties):
+    """Goals without end, so many of a catalogue, the difficulties in turns."""
+    for number in itertools.count(1):
+        difficulty = difficulties[number % len(difficulties)]
         with tempfile.TemporaryDirectory() as name:
-            difficulty = difficulties[number % len(difficulties)]
             folder = make_catalogue(Path(name), 240, f"lessons {seed} {number}", difficulty)
             webshop.build_cache(folder, folder / "cache")
             catalogue = webshop.Catalogue(folder / "cache")
             for goal in catalogue.goal_names()[:goals]:
-                pairs += lesson(webshop.WebShop(catalogue.goal(goal), catalogue), rng, knows)
+                yield webshop.WebShop(catalogue.goal(goal), catalogue)
             catalogue.file.close()
-    return pairs[:count]
+
+
+def goals_of(data, rng, split):
+    """Goals of a data folder's split without end, shuffled, the products in turns."""
+    items = defaultdict(list)
+    for item in envs.list_items("webshop", split, data):
+        items[webshop.identity(item, {"split_rule": "product"})].append(item)
+    for turn in itertools.count():
+        for product in rng.sample(list(items), len(items)):
+            yield envs.make_env("webshop", rng.choice(items[product]))
 
 
 def lesson(env, rng, knows=0.45) -> list:
     """Two episodes for one goal, plain and with skills, each maybe with its summary."""
     category = env.goal["category"]
     names = list(env.goal["goal_options"])
+    values = env.catalogue.product(env.catalogue.number[env.goal["asin"]])["options"]
+    offered = {name: values[name] for name in names}
     pairs = []
 
     def some(share):
@@ -229,7 +250,7 @@ def lesson(env, rng, knows=0.45) -> list:
         if with_skill:
             for _ in range(rng.choice([1, 1, 2])):
                 skills.append((f"shopping for {category}", strategy_text(some(0.7))))
-            plan = follow([strategy for _, strategy in skills], plan)
+            plan = follow([strategy for _, strategy in skills], plan, names)
         history = []
         for obs, thought, action, slip in demonstrate(env, plan, rng):
             if not slip:
@@ -241,5 +262,5 @@ def lesson(env, rng, knows=0.45) -> list:
             task = env.goal["instruction_text"]
             chars = PRESET["mine_obs_chars"]
             prompt = envs.build_mining_prompt(task, category, history, (), chars, "webshop")
-            pairs.append((prompt, summarize(category, names, history)))
+            pairs.append((prompt, summarize(category, offered, history)))
     return pairs
