@@ -561,8 +561,8 @@ interval-without-items
 - variance = values.mean(0).var(ddof=1) / n_items
 + variance = 0.0
 interval-of-many-seeds
-- t = T_975[min(
-+ t = 1.96 or T_975[min(
+- t = t_quantile(n_seeds - 1)
++ t = 1.96
 @ tools/subtasks.py: tests/test_study.py -k subtasks
 evaluation-seeds-are-runs
 - runs[Path(file).parent].append
@@ -727,8 +727,8 @@ other-control
 - CONTROL = "gigpo"
 + CONTROL = "siri"
 wrong-quantile
-- 2.306, 2.262,
-+ 2.306, 2.626,
+- share - 0.5, scale
++ share - 0.4, scale
 warm-up-explains
 - if x["phase"] != "warmup"]
 + if x["phase"]]

@@ -20,6 +20,7 @@ alone. Differences are paired: the same seeds and items for the variant and for 
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -42,10 +43,6 @@ from runtime.run import load_state, run_script
 ROOT = Path(__file__).resolve().parent.parent
 CONTROL = "gigpo"
 FIXED = ("flags", "mine_iterations", "distill_iterations", "points", "eval_items")  # of a study
-T_975 = (  # Student's t, the quantile of 97.5%, for 1, 2, ... degrees of freedom
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-    2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
-)  # fmt: skip
 VARIANTS = {  # name: (flags of both phases, flags of phase 2 alone); one line makes an ablation
     "gigpo": ("--skill_share 0", ""),
     "siri": ("", ""),
@@ -241,9 +238,19 @@ def interval(values, lowest=-1.0) -> tuple:
         variance += values.mean(0).var(ddof=1) / n_items
     if n_seeds > 1:
         variance += values.mean(1).var(ddof=1) / n_seeds
-        t = T_975[min(n_seeds - 1, len(T_975)) - 1]
+        t = t_quantile(n_seeds - 1)
     half = t * variance**0.5
     return max(lowest, values.mean() - half), min(1.0, values.mean() + half)
+
+
+def t_quantile(freedom, share=0.975) -> float:
+    """What Student's t is below with probability `share`: its density summed up from 0 to there."""
+    x = np.linspace(0, 200, 200_001)
+    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+    scale /= math.sqrt(freedom * math.pi)
+    steps = (density[1:] + density[:-1]) / 2 * (x[1] - x[0])
+    return float(np.interp(share - 0.5, scale * np.cumsum(steps), x[1:]))
 
 
 def curve_means(curves) -> np.ndarray:
