@@ -391,12 +391,13 @@ def saved_flags(folder) -> dict:
     try:
         flags = read_json(path)
     except UserError as error:
+        if not copies and path.exists():
+            raise
         if not copies:
-            if path.exists():
-                raise
             return {}
         print(f"{error}; the copy {copies[0]} is used")
-        return read_json(copies[0])
+        path = copies[0]
+        flags = read_json(path)
     known = {field.name: field.type for field in fields(Config)}
     for name, value in flags.items() if isinstance(flags, dict) else ():
         allowed = (float, int) if known.get(name) is float else known.get(name, ())

@@ -181,6 +181,15 @@ def test_a_saved_flag_of_another_version_or_type_is_named(begun, monkeypatch, fi
         call(monkeypatch, mine, "--run t")
 
 
+def test_the_copy_of_the_flags_is_checked_like_the_original(begun, monkeypatch):
+    """With config.json lost, a flag of another type in its copy was a traceback."""
+    Path("runs/t/config.json").unlink()
+    path = Path("runs/t/warmup/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tasks": None}))
+    with pytest.raises(UserError, match="runs/t/warmup/config.json: no flag 'tasks'"):
+        call(monkeypatch, mine, "--run t")
+
+
 def test_a_line_of_the_log_without_its_counts_is_dropped_as_damaged(begun, monkeypatch, capsys):
     path = Path("runs/t/metrics.jsonl")
     path.write_text(path.read_text() + '{"phase": "warmup", "iteration": 1}\n')
