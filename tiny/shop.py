@@ -165,7 +165,8 @@ def demonstrate(env, plan, rng, max_steps=11) -> list:
 def next_move(env, obs, plan) -> tuple:
     """(thought, action) on the page that `obs` shows."""
     goal = env.goal
-    wanted = " ".join([*goal["attributes"], goal["query"]])
+    product = env.catalogue.product(env.catalogue.number[goal["asin"]])
+    wanted = product["instruction"].removeprefix("Find me ")  # the task's own words, to be copied
     if env.kind == "search":
         return f"I want {wanted}", f"search[{wanted}]"
     if env.kind == "results":
