@@ -240,6 +240,7 @@ PRESETS = {
         "mine_obs_chars": 60,  # as its lessons in summarizing
         "distill_iterations": 3,
         "lambda_iterations": 2,
+        "save_every": 1,  # iterations of 3 to 8 minutes, saves of seconds
     },
 }
 SAME = (  # must be alike in all phases of a run

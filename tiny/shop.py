@@ -7,6 +7,7 @@ from search to reward is the real engine. As in ALFWorld, the demonstrator that 
 imitates is ignorant on purpose: it finds the product, but often buys without choosing the options
 that the task names. It follows a skill that says which to choose, right or wrong, and summarizes
 what an episode chose. That all named options have to be chosen, the three phases find out.
+With `--data` it plays the training goals of a real catalogue in the same way.
 """
 
 import itertools
@@ -165,8 +166,8 @@ def demonstrate(env, plan, rng, max_steps=11) -> list:
 def next_move(env, obs, plan) -> tuple:
     """(thought, action) on the page that `obs` shows."""
     goal = env.goal
-    product = env.catalogue.product(env.catalogue.number[goal["asin"]])
-    wanted = product["instruction"].removeprefix("Find me ")  # the task's own words, to be copied
+    instruction = product_of(env)["instruction"]
+    wanted = instruction.removeprefix("Find me ")  # the task's own words, to be copied
     if env.kind == "search":
         return f"I want {wanted}", f"search[{wanted}]"
     if env.kind == "results":
@@ -179,6 +180,11 @@ def next_move(env, obs, plan) -> tuple:
         if name in plan and name not in env.options:
             return f"I choose {name}: {value}", f"click[{value}]"
     return "I buy it", "click[buy now]"
+
+
+def product_of(env) -> dict:
+    """The product that the goal is about."""
+    return env.catalogue.product(env.catalogue.number[env.goal["asin"]])
 
 
 def summarize(category, offered, history) -> str:
@@ -229,7 +235,7 @@ def goals_of(data, rng, split):
     items = defaultdict(list)
     for item in envs.list_items("webshop", split, data):
         items[webshop.identity(item, {"split_rule": "product"})].append(item)
-    for turn in itertools.count():
+    while True:
         for product in rng.sample(list(items), len(items)):
             yield envs.make_env("webshop", rng.choice(items[product]))
 
@@ -238,8 +244,7 @@ def lesson(env, rng, knows=0.45) -> list:
     """Two episodes for one goal, plain and with skills, each maybe with its summary."""
     category = env.goal["category"]
     names = list(env.goal["goal_options"])
-    values = env.catalogue.product(env.catalogue.number[env.goal["asin"]])["options"]
-    offered = {name: values[name] for name in names}
+    offered = {name: product_of(env)["options"][name] for name in names}
     pairs = []
 
     def some(share):
