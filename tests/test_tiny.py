@@ -177,6 +177,21 @@ def test_fewer_steps_leave_as_many_lessons_and_every_summary():
     assert imitate.draw(Lessons(), 400, seed=3) == everything[:400]
 
 
+def test_what_was_learned_is_measured_on_the_evaluation_split(tmp_path, monkeypatch):
+    """Of the training goals of a small catalogue a policy knows the words by heart."""
+    folder = str(shop.make_catalogue(tmp_path / "shop", products=60, seed=1))
+    splits = []
+    real = shop.lessons
+
+    def listen(count, seed, **how):
+        splits.append(how["split"])
+        return real(count, seed, **how)
+
+    monkeypatch.setattr(shop, "lessons", listen)
+    train_policy(lessons(tmp_path / "out", world="webshop", data=folder, count=16, held_out=2))
+    assert splits == ["train", "test"]
+
+
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_interrupted_imitation_ends_as_the_unbroken_one(pretrained, tmp_path, monkeypatch):
     """Weights, optimizers and the place in the lessons; a new start would train 3 batches twice."""

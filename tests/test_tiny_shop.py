@@ -24,7 +24,9 @@ def test_choosing_every_option_of_the_task_succeeds_and_choosing_none_does_not(c
     goals = random.Random(0).sample(catalogue.goal_names(), 40)
     for name in goals:
         env = webshop.WebShop(catalogue.goal(name), catalogue)
-        shop.demonstrate(env, plan=list(env.goal["goal_options"]), rng=rng, max_steps=15)
+        steps = shop.demonstrate(env, plan=list(env.goal["goal_options"]), rng=rng, max_steps=15)
+        words = steps[0][2].removeprefix("search[").removesuffix("]")
+        assert f"Find me {words} with " in env.goal["instruction_text"]  # words that can be copied
         wins += env.score == 1.0
         shop.demonstrate(env, plan=[], rng=rng, max_steps=15)
         losses += env.score < 1.0
@@ -65,11 +67,16 @@ def test_lessons_of_a_data_folder_show_its_training_goals_only(tmp_path):
         pairs = shop.lessons(300, seed=3, data=folder, split=split)
         shown[split] = {re.findall("Find me (.*?) with", prompt)[-1] for prompt, _ in pairs}
     assert shown["train"] and shown["test"] and not shown["train"] & shown["test"]
+    drawn = shop.goals_of(folder, random.Random(0), "train")
+    drawn = [next(drawn).goal for _ in range(200)]
+    products = {goal["asin"] for goal in drawn}
+    assert {goal["asin"] for goal in drawn[: len(products)]} == products  # the products in turns
+    assert len({goal["instruction_text"] for goal in drawn}) > 2 * len(products)
 
 
 def test_a_summary_names_the_options_that_were_chosen():
     """In real shops a value is no list of ours, and one value may be part of another."""
-    offered = {"color": ["red", "dark red"], "item shape": ["round"], "size": ["3 ft"]}
+    offered = {"color": ["red", "dark red"], "item shape": ["round"], "size": ["dark", "3 ft"]}
     history = [("page", "click[dark red]"), ("page", "click[round]"), ("page", "click[buy now]")]
     text = shop.summarize("garden", offered, history)
     assert "choose the color and the item shape of the task" in text
