@@ -147,6 +147,7 @@ def lessons(out, **changes):
         ("--out x --start y --model z", "not both"),
         ("--out x --modle y", "did you mean --model"),
         ("--out x --count 0", "1 at least"),
+        ("--out x --world webshop --difficulties 2 9", "1 to 5 each"),
         ("--out x --steps 0", "0.25 to 1"),
         ("--out x --held_out 0", "1 at least"),
         ("--out x --difficulties 2", "--world webshop"),

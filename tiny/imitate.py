@@ -332,6 +332,7 @@ def check(lessons: Lessons):
             not lessons.difficulties or (lessons.world == "webshop" and not lessons.data),
             "of the made shops; leave it out, or --world webshop without --data",
         ),
+        ("difficulties", set(lessons.difficulties or ()) <= {1, 2, 3, 4, 5}, "1 to 5 each"),
     ]
     for name, is_right, remedy in limits:
         if not is_right:
