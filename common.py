@@ -22,16 +22,15 @@ import torch
 from tqdm import tqdm
 
 import envs
-from config import Config, UserError, parse_config  # noqa: F401
+from config import Config, UserError, parse_config
 from runtime import guard, parallel
 from runtime.batches import Row, collate, make_batches, micro_batches
 from runtime.generation import Cache, encode_prompts, generate
 from runtime.logprobs import expected_logprobs, token_logprobs
-from runtime.metrics import arms, rollout_metrics  # noqa: F401
-from runtime.policy import Policy  # noqa: F401
-from runtime.run import Run, run_script  # noqa: F401
-from skills import Skill, SkillBank, group_deltas, parse_skill, plain_successes  # noqa: F401
-from skills import shown_in_prompt
+from runtime.metrics import arms, rollout_metrics
+from runtime.policy import Policy
+from runtime.run import Run, run_script
+from skills import Skill, SkillBank, group_deltas, parse_skill, plain_successes, shown_in_prompt
 
 # --------------------------------------------------------------------------------------------------
 # Credit: which step of which episode was better than its peers
@@ -39,9 +38,16 @@ from skills import shown_in_prompt
 
 
 def gigpo_advantages(
-    groups, rewards, anchors, *, gamma=0.95, step_weight=1.0, normalize_std=True,
-    baseline="steps", penalties=None,
-) -> list:  # fmt: skip
+    groups,
+    rewards,
+    anchors,
+    *,
+    gamma=0.95,
+    step_weight=1.0,
+    normalize_std=True,
+    baseline="steps",
+    penalties=None,
+) -> list:
     """Group-in-group advantages A = A_E + w A_S (GiGPO Eq. 3 to 8; method Eq. 1 to 4).
 
     | argument  | per          | meaning                                                           |
@@ -69,7 +75,7 @@ def gigpo_advantages(
     penalties = penalties or [np.zeros(len(r)) for r in rewards]
     scores = []  # S of every row: what its episode earned in all, less the row's own penalty
     step_returns = []  # G_t = sum_{u >= t} gamma^(u - t) r_u, less the row's own penalty
-    for episode_rewards, penalty in zip(rewards, penalties):
+    for episode_rewards, penalty in zip(rewards, penalties, strict=True):
         penalty = np.asarray(penalty, float)
         scores.append(sum(episode_rewards) - penalty)
         tail = 0.0
@@ -81,20 +87,23 @@ def gigpo_advantages(
 
     # A_E: how good the episode was among those of the same task
     samples = defaultdict(list)
-    for group, episode_rewards, score in zip(groups, rewards, scores):
+    for group, episode_rewards, score in zip(groups, rewards, scores, strict=True):
         samples[group] += list(score) if baseline == "steps" else [float(sum(episode_rewards))]
     stats = {group: mean_std(values, lone_mean=0.0) for group, values in samples.items()}
     advantages = [
-        relative(score, stats[group], normalize_std) for group, score in zip(groups, scores)
+        relative(score, stats[group], normalize_std)
+        for group, score in zip(groups, scores, strict=True)
     ]
 
     # A_S: how good the step was among those from the same state of the same task
     samples = defaultdict(list)
-    for group, states, returns in zip(groups, anchors, step_returns):
-        for state, value in zip(states, returns):
+    for group, states, returns in zip(groups, anchors, step_returns, strict=True):
+        for state, value in zip(states, returns, strict=True):
             samples[group, state].append(value)
     stats = {key: mean_std(values, lone_mean=values[0]) for key, values in samples.items()}
-    for group, states, returns, advantage in zip(groups, anchors, step_returns, advantages):
+    for group, states, returns, advantage in zip(
+        groups, anchors, step_returns, advantages, strict=True
+    ):
         for t, state in enumerate(states):
             step_advantage = relative(returns[t], stats[group, state], normalize_std)
             advantage[t] += step_weight * step_advantage  # A = A_E + w A_S
@@ -284,7 +293,7 @@ def play(policy, config, episodes, temperature, seed, desc) -> list:
                 seed=parallel.own_seed(1000 * seed + t),
             )
             still_running = []
-            for i, (plain_ids, prompt_ids), answer in zip(running, prompts, answers):
+            for i, (plain_ids, prompt_ids), answer in zip(running, prompts, answers, strict=True):
                 response_ids, logprobs, response = answer
                 action, valid = envs.parse_action(response, fallback_chars)
                 seen = observations[i].text
@@ -348,7 +357,7 @@ def fit_prompts(tokenizer, config, waiting) -> list:
             skills = [shown_in_prompt(skill, config) for skill in episode.skills]
             texts += envs.build_prompts(obs, past, skills, keep)
         ids = encode_prompts(tokenizer, texts)
-        return list(zip(ids[::2], ids[1::2]))
+        return list(zip(ids[::2], ids[1::2], strict=True))
 
     fitted = encode(config.history, waiting)
     for i, pair in enumerate(waiting):
@@ -391,8 +400,8 @@ def rl_rows(episodes, advantages, config) -> list:
     """Every step under its own prompt; without the steps that have nothing to teach."""
     rows = [
         Row(step.prompt_ids, step.response_ids, float(advantage), step.logprobs)
-        for episode, step_advantages in zip(episodes, advantages)
-        for step, advantage in zip(episode.steps, step_advantages)
+        for episode, step_advantages in zip(episodes, advantages, strict=True)
+        for step, advantage in zip(episode.steps, step_advantages, strict=True)
     ]
     return [row for row in rows if abs(row.advantage) > 1e-8] if config.skip_zero_rows else rows
 
@@ -431,7 +440,7 @@ def score_rows(model, rows, name, config, pad_id):
         logprobs, _ = token_logprobs(
             model, t["ids"], t["response_mask"], config.temperature, entropy=False
         )
-        for row, values in zip(batch, logprobs.cpu()):
+        for row, values in zip(batch, logprobs.cpu(), strict=True):
             setattr(row, name, values[len(row.prompt_ids) : len(row)].clone())
     parallel.split(model)  # no backward pass does it here
 
@@ -533,7 +542,7 @@ def compare_gradients(model, batch, config, lambda_, pad_id) -> dict:
         model.zero_grad(set_to_none=True)
     products = {}
     for name, i, j in (("rl", 0, 0), ("internalization", 1, 1), ("both", 0, 1)):
-        pairs = zip(gradients[i], gradients[j])
+        pairs = zip(gradients[i], gradients[j], strict=True)
         products[name] = sum(float(parallel.join((a.float() * b.float()).sum())) for a, b in pairs)
     norm_rl = products["rl"] ** 0.5
     norm_internalization = products["internalization"] ** 0.5
@@ -590,11 +599,15 @@ def update(policy, rows, config, seed, *, lambda_=0.0) -> dict:
         own = [row for row in rl if row.rank == parallel.rank()]
         gaps = [(row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs() for row in own]
         means["logprob_gap"] = torch.cat(gaps).mean().item() if gaps else 0.0
-    return means | extra | {
-        "rows": len(rl),
-        "internalization_rows": len(rows) - len(rl),
-        "optimizer_steps": len(logs),
-        "refused_steps": len(batches) - len(logs),
-        "update_seconds": time.time() - start,
-        "update_tokens_per_s": sum(map(len, rows)) / (time.time() - start),
-    }
+    return (
+        means
+        | extra
+        | {
+            "rows": len(rl),
+            "internalization_rows": len(rows) - len(rl),
+            "optimizer_steps": len(logs),
+            "refused_steps": len(batches) - len(logs),
+            "update_seconds": time.time() - start,
+            "update_tokens_per_s": sum(map(len, rows)) / (time.time() - start),
+        }
+    )

@@ -175,7 +175,7 @@ TINY = {  # the embedded default: 0.7M parameters, an iteration of 128 episodes 
     "lambda_iterations": 4,
 }
 BUILT = {  # models that a command writes; each script knows them by these names
-    "smollm2": "runs/smollm2-base",  # make smollm2
+    "smollm2": "runs/smollm2-base"  # make smollm2
 }
 PRESETS = {
     "alfworld-7b": {"run": "alfworld-7b"},

@@ -30,13 +30,13 @@ def internalization_rows(episodes, advantages, deltas, tokenizer, config) -> lis
     """
     sigma_A = 1.0 if config.normalize_std else config.success_reward
     rows = []
-    for episode, step_advantages in zip(episodes, advantages):
+    for episode, step_advantages in zip(episodes, advantages, strict=True):
         delta = deltas.get(episode.group, 0.0)
         if config.internalize_gate == "none":
             delta = 1.0
         if not episode.skills or delta <= 0:  # gate (a): a skill was used, (b): Delta_g > 0
             continue
-        for step, advantage in zip(episode.steps, step_advantages):
+        for step, advantage in zip(episode.steps, step_advantages, strict=True):
             mask = [True] * len(step.response_ids)
             if config.internalize_tokens == "action":  # gate (c)
                 mask = common.find_action_tokens(tokenizer, step.response_ids)

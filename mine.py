@@ -26,7 +26,6 @@ import envs
 from common import Run, SkillBank, episode_advantages, rl_rows, rollout, rollout_metrics
 from runtime.miner import ask_endpoint, is_endpoint, load_miner
 
-
 MEMORY = 2048  # the newest plain successes that are kept for mining
 
 
@@ -36,7 +35,7 @@ def mine(policy, config, bank, successes, k, seed) -> Counter:
     prompts = [summary_prompt(episode, bank, config) for episode in chosen]
     texts = write_summaries(prompts, policy, config, seed)
     outcome = Counter()
-    for episode, text in zip(chosen, texts):
+    for episode, text in zip(chosen, texts, strict=True):
         skill = common.parse_skill(text)
         outcome[bank.add(*skill, episode["task_type"], k) if skill else "unparsable"] += 1
     return outcome

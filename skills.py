@@ -38,6 +38,8 @@ INSTANCE = re.compile(
 
 
 STATUSES = ("candidate", "active", "retired")
+
+
 @dataclass(eq=False)
 class Skill:
     """A condition-strategy pair and its record."""
@@ -54,7 +56,23 @@ class Skill:
     deltas: list = field(default_factory=list)  # every Delta_g: its life
 
 
-PLACEBO = "go on as you think best and take the time that you need for it".split()
+PLACEBO = [
+    "go",
+    "on",
+    "as",
+    "you",
+    "think",
+    "best",
+    "and",
+    "take",
+    "the",
+    "time",
+    "that",
+    "you",
+    "need",
+    "for",
+    "it",
+]
 
 
 def shown_in_prompt(skill, config) -> tuple:

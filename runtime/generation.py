@@ -95,7 +95,9 @@ def forward(model, ids, rows, positions, cache, visible=None):
     cos, sin = (table[:, :, None] for table in decoder.rotary_emb(x, at))
     if not prompt:
         mask = torch.arange(visible, device=ids.device) <= at  # [B, S]
-    for depth, (layer, keys, values) in enumerate(zip(decoder.layers, cache.keys, cache.values)):
+    for depth, (layer, keys, values) in enumerate(
+        zip(decoder.layers, cache.keys, cache.values, strict=True)
+    ):
         attention = layer.self_attn
         h = layer.input_layernorm(x)  # [B, T, D]
         size = (B, T, -1, keys.shape[-1])
@@ -162,7 +164,7 @@ def read_prompts(model, prompts, cache):
         last = torch.tensor([len(prompt) - 1 for prompt, _ in chunk], device=device)
         rows = torch.tensor([row for _, row in chunk], device=device)
         out = forward(model, ids.to(device), rows, last, cache)
-        logits |= zip(rows.tolist(), out)
+        logits |= zip(rows.tolist(), out, strict=True)
         start = stop
     owners = [owner[tuple(prompt)] for prompt in prompts]
     copies = [row for row, first in enumerate(owners) if row != first]
@@ -187,7 +189,7 @@ def replay(cache, step, *inputs, **shape):
             cache.pool = None
             return step(*inputs, **shape)
     graph, fixed, outputs = cache.graphs[key]
-    for old, new in zip(fixed, inputs):
+    for old, new in zip(fixed, inputs, strict=True):
         old.copy_(new)
     graph.replay()
     return [x.clone() for x in outputs]
@@ -295,7 +297,9 @@ def generate(
             model, chosen, uniform[batch], ends, cache, temperature=temperature, stop=stop
         )
         lengths = response_lengths(tokens, ends).tolist()
-        for i, n, row, values in zip(batch, lengths, tokens.tolist(), logprobs.tolist()):
+        for i, n, row, values in zip(
+            batch, lengths, tokens.tolist(), logprobs.tolist(), strict=True
+        ):
             text = tokenizer.decode(row[:n], skip_special_tokens=True)
             results[i] = (row[:n], values[:n], text)
     return results

@@ -34,7 +34,7 @@ def token_logprobs(model, ids, response_mask, temperature=1.0, entropy=True):
         hidden = hidden[predicts]  # [N, D]
         if len(targets) <= chunk:
             return logprobs_of(hidden, targets)
-        parts = zip(hidden.split(chunk), targets.split(chunk))
+        parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
         return torch.cat([checkpoint(logprobs_of, *part, use_reentrant=False) for part in parts])
 
     head.forward = forward  # inside the model's own forward, where FSDP has the weights together

@@ -17,7 +17,6 @@ rank, and nothing here does anything.
 """
 
 import os
-import sys
 from contextlib import contextmanager
 
 import torch
@@ -43,7 +42,7 @@ def start(device: str) -> torch.device:
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
         if rank():
-            sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # rank 0 speaks for all
     elif device.startswith("cuda:"):
         torch.cuda.set_device(device)
     return torch.device(device)

@@ -201,7 +201,7 @@ def make_optimizer(model, config: Config, saved=None):
         return optimizer
     if len(saved["param_groups"]) != len(parameters):
         raise UserError("the saved optimizer belongs to another model; delete the phase's folder")
-    for i, (parameter, group) in enumerate(zip(parameters, optimizer.param_groups)):
+    for i, (parameter, group) in enumerate(zip(parameters, optimizer.param_groups, strict=True)):
         # what has to go on; lr, beta2, weight decay and triton are those of now
         then = saved["param_groups"][i]
         if "step" not in then:  # saved before its first step

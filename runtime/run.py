@@ -31,9 +31,16 @@ from tqdm import tqdm
 
 import envs
 from config import (
-    FREE, PHASES, PRESETS, UserError, copies_of_flags, other_config, read_json, read_jsonl,
+    FREE,
+    PHASES,
+    PRESETS,
+    UserError,
+    copies_of_flags,
+    other_config,
+    read_json,
+    read_jsonl,
     write_atomically,
-)  # fmt: skip
+)
 from runtime import memory, parallel, saves
 from runtime.policy import Policy, dtype_of, load_policy, load_reference, make_optimizer
 from skills import group_deltas, shown_in_prompt
@@ -124,12 +131,12 @@ def goal_rules(config) -> dict:
 class Run:
     """One phase of a run: its tasks, the save it starts from, what it writes.
 
-        run = Run(config, "mine")
-        policy, state = run.start(after="warmup")
-        for k in run.iterations(config.mine_iterations):
-            ... run.draw_tasks(k) ... run.seed(k) ...
-            run.log(k, metrics, episodes, advantages, line)
-            run.save_when_due(policy, k, finished, bank, successes=successes)
+    run = Run(config, "mine")
+    policy, state = run.start(after="warmup")
+    for k in run.iterations(config.mine_iterations):
+        ... run.draw_tasks(k) ... run.seed(k) ...
+        run.log(k, metrics, episodes, advantages, line)
+        run.save_when_due(policy, k, finished, bank, successes=successes)
     """
 
     def __init__(self, config, phase):

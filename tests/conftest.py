@@ -3,18 +3,10 @@
 import copy
 import dataclasses
 import os
-import sys
 from pathlib import Path
 
 import pytest
-
-# the models are so small that two threads mostly wait for each other, and for other processes
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-# real games and reference numbers; their tests are skipped where it is absent
-SHARED = ROOT.parent / "shared" / "data"
+import torch
 
 import common
 import envs
@@ -23,6 +15,13 @@ from config import PRESETS, Config
 from runtime.policy import Policy, load_policy, make_optimizer
 from skills import Skill
 from tiny import household
+
+ROOT = Path(__file__).resolve().parent.parent
+# real games and reference numbers; their tests are skipped where it is absent
+SHARED = ROOT.parent / "shared" / "data"
+# the models are so small that two threads mostly wait for each other, and for other processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

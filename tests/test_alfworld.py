@@ -214,9 +214,15 @@ def test_a_damaged_problem_is_refused_when_it_is_opened(old, new):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("pddl_domain", 5), ("grammar", []), ("pddl_problem", None), ("walkthrough", 5),
-     ("walkthrough", [1]), ("pddl_domain", "\ud800")],
-)  # fmt: skip
+    [
+        ("pddl_domain", 5),
+        ("grammar", []),
+        ("pddl_problem", None),
+        ("walkthrough", 5),
+        ("walkthrough", [1]),
+        ("pddl_domain", "\ud800"),
+    ],
+)
 def test_a_field_of_another_type_is_refused_when_it_is_opened(field, value):
     name, data, _ = household.make_game("pick_and_place_simple", random.Random(0), 0)
     with pytest.raises(UserError, match="damaged"):
@@ -238,7 +244,7 @@ def test_corrupt_unsolvable_and_foreign_games_are_refused_by_name(games, tmp_pat
         alfworld.load_game(change(path, tmp_path, solvable=False))
     domain = json.loads(Path(path).read_text())["pddl_domain"]
     foreign = domain.replace("(isClean ?o)\n", "(isHot ?o)\n", 1)
-    for broken in (dict(pddl_problem="(define"), dict(grammar=None), dict(grammar="no task")):
+    for broken in ({"pddl_problem": "(define"}, {"grammar": None}, {"grammar": "no task"}):
         alfworld.load_game.cache_clear()
         with pytest.raises(UserError, match="damaged"):
             alfworld.load_game(change(path, tmp_path, **broken))

@@ -16,9 +16,15 @@ PROMPTS = ["look around", "You are in a room with a desk 1. " * 6, "take the mug
 def another(kind):
     """A small random model of another family."""
     config = getattr(transformers, f"{kind}Config")(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, vocab_size=900, eos_token_id=2,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=900,
+        eos_token_id=2,
+    )
     torch.manual_seed(0)
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
@@ -30,7 +36,7 @@ def test_greedy_tokens_equal_hf_generate(policy, kind):
     model = model if kind == "tiny" else another(kind)
     prompts = encode_prompts(tokenizer, PROMPTS)
     ours = generate(model, tokenizer, prompts, max_new_tokens=12, temperature=0, seed=0, rows=3)
-    for prompt, (ids, _, _) in zip(prompts, ours):
+    for prompt, (ids, _, _) in zip(prompts, ours, strict=True):
         out = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
         assert ids == out[0, len(prompt) :].tolist()
 
@@ -44,7 +50,7 @@ def test_logprobs_are_those_of_the_training_forward(policy, games, kind):
     prompts = [envs.build_prompt(envs.make_env("alfworld", item).reset()) for item in items]
     prompts = encode_prompts(tokenizer, prompts)
     answers = generate(model, tokenizer, prompts, max_new_tokens=90, temperature=1.0, seed=5)
-    for prompt, (ids, logprobs, _) in zip(prompts, answers):
+    for prompt, (ids, logprobs, _) in zip(prompts, answers, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         theirs = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]

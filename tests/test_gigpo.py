@@ -33,11 +33,9 @@ def by_definition(groups, rewards, anchors, gamma, step_weight, normalize_std, b
     for e, t in rows:
         peers = [score[f, u] for f, u in rows if groups[f] == groups[e]]
         if baseline == "episodes":
-            peers = [sum(r) for g, r in zip(groups, rewards) if g == groups[e]]
+            peers = [sum(r) for g, r in zip(groups, rewards, strict=True) if g == groups[e]]
         same = [
-            tail[f, u]
-            for f, u in rows
-            if groups[f] == groups[e] and anchors[f][u] == anchors[e][t]
+            tail[f, u] for f, u in rows if groups[f] == groups[e] and anchors[f][u] == anchors[e][t]
         ]
         among_episodes = compared(score[e, t], peers, alone=0.0)
         among_steps = compared(tail[e, t], same, alone=tail[e, t])

@@ -164,7 +164,9 @@ def mixed_rows(paired_episodes, policy):
         # the sampler's, as if the policy had moved since: ratios from e^-1 to e^2
         row.old_logprobs = own + torch.rand(len(own), generator=noise) * 3 - 2
         row.ref_logprobs = own + 0.4 * torch.randn(len(own), generator=noise)
-    for advantage, delta, step in zip((0.4, 3.0, -0.6, 0.2), (0.5, 1.0, 0.5, 0.25), steps):
+    for advantage, delta, step in zip(
+        (0.4, 3.0, -0.6, 0.2), (0.5, 1.0, 0.5, 0.25), steps, strict=True
+    ):
         assert step.plain_ids != step.prompt_ids  # steps of the arm with the skill
         row = common.Row(step.plain_ids, step.response_ids, advantage, step.logprobs)
         row.internalize = True
@@ -275,7 +277,9 @@ def test_kl_internalization_has_the_gradient_of_the_divergence_from_the_skill_pr
         teacher, student = distributions
         return (teacher.detach().exp() * (teacher.detach() - student)).sum(-1)
 
-    for row, step in zip(rows, steps):  # one token of each is gated: where the skill says most
+    for row, step in zip(
+        rows, steps, strict=True
+    ):  # one token of each is gated: where the skill says most
         row.skill_ids = step.prompt_ids
         most = int(divergences(row).argmax())
         row.action_mask = [i == most for i in range(len(row.response_ids))]
@@ -285,7 +289,7 @@ def test_kl_internalization_has_the_gradient_of_the_divergence_from_the_skill_pr
 
     model.zero_grad()
     weights = [0.5 * min(max(row.advantage, 0), config.advantage_clip) / len(rows) for row in rows]
-    loss = sum(weight * divergences(row).max() for weight, row in zip(weights, rows))
+    loss = sum(weight * divergences(row).max() for weight, row in zip(weights, rows, strict=True))
     loss.backward()
     torch.testing.assert_close(measured, flat_gradient(model), atol=2e-6, rtol=1e-3)
     assert measured.abs().max() > 1e-5

@@ -15,14 +15,15 @@ from config import read_jsonl
 from runtime import parallel
 
 # "--", or torchrun takes the script's --run for a flag of its own
-TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 --".split()]
+TORCHRUN = [
+    sys.executable,
+    *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"],
+]
 
 
 def start(command, folder):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_two_ranks_make_the_steps_of_one_process(paired_episodes, policy, tmp_path):

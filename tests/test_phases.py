@@ -1,7 +1,6 @@
 """The scripts as a user runs them: from end to end, resumed, and with wrong input."""
 
 import contextlib
-import copy
 import dataclasses
 import io
 import json
@@ -292,9 +291,7 @@ def trained(script, k, flags, episodes, monkeypatch, successes=()) -> dict:
     return seen
 
 
-def test_a_round_of_mining_comes_every_so_many_iterations(
-    paired_episodes, tmp_path, monkeypatch
-):
+def test_a_round_of_mining_comes_every_so_many_iterations(paired_episodes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rounds = [
         trained(mine, k, "--mine_every 3", paired_episodes, monkeypatch)["mined"]
@@ -395,12 +392,12 @@ def test_internalization_pairs_the_plain_prompt_with_the_skilled_response(
     rows = internalized(paired_episodes, policy, config)
     steps = [step for e in paired_episodes[:2] for step in e.steps]  # helped by their skill
     assert len(rows) == len(steps) > 0
-    for row, step in zip(rows, steps):
+    for row, step in zip(rows, steps, strict=True):
         assert row.prompt_ids == step.plain_ids != step.prompt_ids == row.skill_ids
         assert "Experience that may help" not in policy.tokenizer.decode(row.prompt_ids)
         assert row.response_ids == step.response_ids
         assert row.internalize and row.delta == 0.5
-        action = [i for i, on in zip(row.response_ids, row.action_mask) if on]
+        action = [i for i, on in zip(row.response_ids, row.action_mask, strict=True) if on]
         assert policy.tokenizer.decode(action).startswith(step.action)
         assert len(action) < len(row.response_ids)
 

@@ -79,7 +79,7 @@ def test_run_and_control_are_compared_on_the_same_panel_without_skills(run):
     (run / "eval-test-distill-skills-T0.4-s0.json").write_text(skilled)
     (control / name).write_text(json.dumps(record | {"digest": "another"}))
     assert report.conclusion(report.evaluations("r", "c")) == ""
-    record["items"] = {item: False for item in record["items"]}
+    record["items"] = dict.fromkeys(record["items"], False)
     (control / name).write_text(json.dumps(record))
     rows = report.evaluations("r", "c")
     assert [row["episodes"] for row in rows] == [8, 8, 8]

@@ -251,7 +251,9 @@ def test_every_logged_share_is_of_what_its_name_says(config):
         episode("b", False, (2, True)),
         episode("c", False, (2, True)),
     ]
-    advantages = [np.full(len(e.steps), value) for e, value in zip(played, (-9, 1, 1, 1, 1, 1))]
+    advantages = [
+        np.full(len(e.steps), value) for e, value in zip(played, (-9, 1, 1, 1, 1, 1), strict=True)
+    ]
     metrics = rollout_metrics(played, advantages, config)
     assert metrics["no_contrast"] == pytest.approx(2 / 3)  # "a" and "c"
     assert metrics["invalid"] == pytest.approx(1 / 8)

@@ -23,7 +23,7 @@ def test_an_rl_row_is_a_step_under_the_prompt_that_the_policy_saw(paired_episode
     rows = common.rl_rows(paired_episodes, advantages, config)
     steps = [step for e in paired_episodes for step in e.steps]
     assert len(rows) == len(steps)
-    for row, step, advantage in zip(rows, steps, np.concatenate(advantages)):
+    for row, step, advantage in zip(rows, steps, np.concatenate(advantages), strict=True):
         assert row.prompt_ids == step.prompt_ids and row.response_ids == step.response_ids
         assert row.rollout_logprobs == step.logprobs
         assert row.advantage == advantage and not row.internalize
@@ -109,7 +109,7 @@ def test_logits_made_chunk_by_chunk_give_the_same_values_and_gradients(
         (values[0].sum() + 2 * values[1].sum()).backward()
         gradient = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
         results.append((*values, gradient))
-    for whole, parts in zip(*results):
+    for whole, parts in zip(*results, strict=True):
         torch.testing.assert_close(whole, parts, atol=1e-4, rtol=1e-4)
 
 
@@ -168,7 +168,7 @@ def test_mini_batches_are_shuffled_anew_by_the_seed_and_near_their_size():
 def masked_text(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     mask = find_action_tokens(tokenizer, ids)
-    return tokenizer.decode([i for i, on in zip(ids, mask) if on])
+    return tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on])
 
 
 def test_action_tokens_are_the_action_and_its_closing_tag_only(policy):
@@ -183,7 +183,7 @@ def test_every_byte_of_a_character_inside_the_action_is_an_action_token(policy):
     ids = policy.tokenizer("<think>a</think><action>buy café 😀 now</action>")["input_ids"]
     ids.append(policy.tokenizer.eos_token_id)
     mask = common.find_action_tokens(policy.tokenizer, ids)
-    covered = policy.tokenizer.decode([i for i, on in zip(ids, mask) if on])
+    covered = policy.tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on])
     assert covered == "buy café 😀 now</action>"
 
 
@@ -231,7 +231,7 @@ def test_lr_zero_leaves_the_weights_unchanged(episodes, policy, config):
     before = [p.clone() for p in policy.model.parameters()]
     metrics = common.update(trainer, as_rows(episodes), config, 0)
     assert metrics["grad_norm"] > 0 and metrics["clipped"] == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
 
 
 def test_gradients_do_not_leak_from_one_optimizer_step_into_the_next(episodes, policy, config):
@@ -331,13 +331,13 @@ def test_both_kinds_of_rows_act_in_every_step(paired_episodes, trainer, config, 
     assert len(batches) == 2 and sum(map(len, batches)) == 24  # every row once
     assert all(any(batch) and not all(batch) for batch in batches)
     # and the RL rows of each step are those of a run without internalization
-    for alone, mixed in zip(make_batches(rl, config, 0), make_batches(rows, config, 0)):
+    for alone, mixed in zip(
+        make_batches(rl, config, 0), make_batches(rows, config, 0), strict=True
+    ):
         assert list(map(id, alone)) == [id(row) for row in mixed if not row.internalize]
 
 
-def test_compared_gradients_are_those_of_the_two_parts_and_change_no_step(
-    paired_episodes, config
-):
+def test_compared_gradients_are_those_of_the_two_parts_and_change_no_step(paired_episodes, config):
     """Norms and cosine of the gradient with and without internalization rows, taken apart."""
     config.kl_coef = 0.0
     rows = as_rows(paired_episodes)[:6]
@@ -388,7 +388,7 @@ def test_rows_that_weigh_nothing_alone_are_no_update(paired_episodes, policy, co
     row = internalization_row(step, policy.tokenizer, advantage=0.0)
     metrics = common.update(trainer, [row], config, 0, lambda_=0.1)
     assert metrics["rows"] == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
 
 
 def test_flags_that_save_time_or_memory_do_not_change_the_step(episodes, config):
@@ -416,7 +416,7 @@ def test_the_reference_pulls_the_policy_back(episodes, config):
     assert common.update(trainer, rows, config, 0)["kl"] == pytest.approx(0, abs=1e-6)
     assert common.update(trainer, rows, config, 0)["kl"] > 1e-4
     kept = load_reference(config, "cpu").parameters()
-    assert all(torch.equal(a, b) for a, b in zip(reference.parameters(), kept))
+    assert all(torch.equal(a, b) for a, b in zip(reference.parameters(), kept, strict=True))
 
 
 def test_ratios_start_at_one_even_where_the_sampler_was_off(episodes, trainer, config):

@@ -95,8 +95,10 @@ def test_a_fork_leaves_out_what_its_source_did_in_the_phase_it_is_for(begun, mon
     call(monkeypatch, mine, f"{begun} --mine_iterations 1")
     call(monkeypatch, mine, "--run u --fork t --mine_iterations 2")
     assert [(x["phase"], x["iteration"]) for x in logged("u")] == [
-        ("warmup", 1), ("mine", 1), ("mine", 2),
-    ]  # fmt: skip
+        ("warmup", 1),
+        ("mine", 1),
+        ("mine", 2),
+    ]
     assert [x["episodes_so_far"] for x in logged("u")] == [4, 8, 12]
 
 

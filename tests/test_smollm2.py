@@ -61,7 +61,7 @@ def test_numbers_are_read_digit_by_digit():
     """As in pretraining; from the GGUF file alone "  1" became two single spaces and a digit."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(BASE)
     ids = tokenizer("cabinet  12")["input_ids"]
-    assert [tokenizer.decode([i]) for i in ids] [-3:] == ["  ", "1", "2"]
+    assert [tokenizer.decode([i]) for i in ids][-3:] == ["  ", "1", "2"]
 
 
 @needs_smollm2
@@ -70,11 +70,11 @@ def test_greedy_tokens_equal_those_of_transformers_and_log_probs_those_of_the_up
     model, tokenizer = load_policy(BASE, config, "cpu")
     prompts = encode_prompts(tokenizer, [prompt[-600:] for prompt, _ in shop.lessons(32, seed=0)])
     ours = generate(model, tokenizer, prompts, max_new_tokens=12, temperature=0, seed=0)
-    for prompt, (ids, _, _) in zip(prompts, ours):
+    for prompt, (ids, _, _) in zip(prompts, ours, strict=True):
         theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)
         assert ids == theirs[0, len(prompt) :].tolist()
     sampled = generate(model, tokenizer, prompts[:8], max_new_tokens=12, temperature=1.0, seed=0)
-    rows = [Row(p, ids, 1.0, values) for p, (ids, values, _) in zip(prompts, sampled)]
+    rows = [Row(p, ids, 1.0, values) for p, (ids, values, _) in zip(prompts, sampled, strict=True)]
     common.score_rows(model, rows, "old_logprobs", config, tokenizer.pad_token_id)
     for row in rows:
         assert (row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs().max() < 1e-4
@@ -177,7 +177,7 @@ def test_the_action_mask_of_a_real_response_covers_the_action_and_nothing_before
     tokenizer = PreTrainedTokenizerFast.from_pretrained(BASE)
     ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
     mask = common.find_action_tokens(tokenizer, ids)
-    marked = [i for i, chosen in zip(ids, mask) if chosen]
+    marked = [i for i, chosen in zip(ids, mask, strict=True) if chosen]
     assert tokenizer.decode(marked) == distilled
     assert not mask[-1]  # EOS
 

@@ -172,7 +172,10 @@ def test_subtasks_pools_evaluation_seeds_within_a_run_and_compares_one_panel(tmp
         (tmp_path / run).mkdir()
         for seed, values in enumerate(evaluations):
             record = {"split": "s", "iteration": 4, "temperature": 0.4, "skills": False}
-            record |= {"checkpoint": "distill", "items": dict(zip(games, map(bool, values)))}
+            record |= {
+                "checkpoint": "distill",
+                "items": dict(zip(games, map(bool, values), strict=True)),
+            }
             (tmp_path / run / f"eval-{seed}.json").write_text(json.dumps(record))
     panel = subtasks.read_panel(f"{tmp_path}/*/eval-*.json")
     assert panel[1].shape == (2, 4) and panel[2] == 4

@@ -18,16 +18,23 @@ from worlds import webshop
 def product(asin, name, price="$10.0", options=None, **more):
     options = {k: [{"value": v} for v in values] for k, values in (options or {}).items()}
     return {
-        "asin": asin, "name": name, "pricing": price, "customization_options": options or "",
-        "full_description": f"About the {name}.", "small_description": ["soft", "warm & light"],
-        "category": "fashion", "query": "shirts",
+        "asin": asin,
+        "name": name,
+        "pricing": price,
+        "customization_options": options or "",
+        "full_description": f"About the {name}.",
+        "small_description": ["soft", "warm & light"],
+        "category": "fashion",
+        "query": "shirts",
         "product_category": "Clothing › Shirts › Tops",
-    } | more  # fmt: skip
+    } | more
 
 
 PRODUCTS = [
     product(
-        "B000000001", "Red cotton shirt", "$12.5",
+        "B000000001",
+        "Red cotton shirt",
+        "$12.5",
         {"Color": ["Red", "Blue/Navy"], "size": ["S", "L"]},
     ),
     product(
@@ -41,19 +48,25 @@ PRODUCTS = [
     product("nan", "no id"),
     {"asin": "B000000005"},  # neither price, options nor name
     *(product(f"B0000001{i:02}", f"Plain lamp {i}", query="lamps") for i in range(25)),
-]  # fmt: skip
+]
 INSTRUCTIONS = {
-    p["asin"]: {"attributes": ["long sleeve"], "instruction": "Find me shirts with long sleeve",
-                "instruction_attributes": ["long sleeve"]}
+    p["asin"]: {
+        "attributes": ["long sleeve"],
+        "instruction": "Find me shirts with long sleeve",
+        "instruction_attributes": ["long sleeve"],
+    }
     for p in PRODUCTS[:3] + PRODUCTS[-16:]
-}  # fmt: skip
+}
 HUMAN = {
     "B000000001": [
-        {"instruction": "i want a shirt.", "instruction_attributes": ["long sleeve"],
-         "instruction_options": ["red"]},
+        {
+            "instruction": "i want a shirt.",
+            "instruction_attributes": ["long sleeve"],
+            "instruction_options": ["red"],
+        },
         {"instruction": "no attributes", "instruction_attributes": [], "instruction_options": []},
     ]
-}  # fmt: skip
+}
 
 
 def write_catalogue(folder, products=PRODUCTS):
@@ -86,9 +99,19 @@ def play(env, *actions):
 def test_analysis_is_lucenes():
     text = "The dogs' O'Neil's size:s 3.5-inch 1,000 snow_white ponies ❤️★™ technology"
     assert webshop.analyze(text) == [
-        "dog", "o'neil", "size:", "3.5", "inch", "1,000", "snow_whit", "poni",
-        "❤️", "★", "™", "technolog",
-    ]  # fmt: skip
+        "dog",
+        "o'neil",
+        "size:",
+        "3.5",
+        "inch",
+        "1,000",
+        "snow_whit",
+        "poni",
+        "❤️",
+        "★",
+        "™",
+        "technolog",
+    ]
 
 
 def test_document_lengths_are_rounded_as_in_lucenes_index():
@@ -164,9 +187,23 @@ def test_results_turn_pages_and_going_back_clears_the_options(shop):
 
 @pytest.mark.parametrize(
     "action",
-    ["hello", "click[search]", "click[b000000001]", "Search[x]", " search[x]", "search", "click[]",
-     "搜索[红色]", "click[红色]", "[", "search[]", "", "click[buy now]", "]]["],
-)  # fmt: skip
+    [
+        "hello",
+        "click[search]",
+        "click[b000000001]",
+        "Search[x]",
+        " search[x]",
+        "search",
+        "click[]",
+        "搜索[红色]",
+        "click[红色]",
+        "[",
+        "search[]",
+        "",
+        "click[buy now]",
+        "]][",
+    ],
+)
 def test_what_a_page_does_not_offer_changes_nothing(shop, action):
     before = shop.reset().text
     obs, reward, done, _ = shop.step(action)
@@ -290,9 +327,14 @@ def test_a_damaged_product_is_named_when_the_shop_is_opened(name, tmp_path, monk
 
 @pytest.mark.parametrize(
     "said",
-    [5, {"attributes": None}, {"attributes": "soft"}, {"instruction": 0},
-     {"instruction_attributes": [5]}],
-)  # fmt: skip
+    [
+        5,
+        {"attributes": None},
+        {"attributes": "soft"},
+        {"instruction": 0},
+        {"instruction_attributes": [5]},
+    ],
+)
 def test_damaged_attributes_are_named_when_the_shop_is_opened(said, tmp_path, monkeypatch):
     monkeypatch.setattr(webshop, "CACHE", tmp_path / "cache")
     folder = write_catalogue(tmp_path)
@@ -314,9 +356,16 @@ def test_a_catalogue_without_a_product_is_one_clear_error(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     "item",
-    ["B000000001/4", "B000000001/human-1", "B000000001/x", "B000000004/0", "B000000001/-1",
-     "B000000001/human-", "x/0"],
-)  # fmt: skip
+    [
+        "B000000001/4",
+        "B000000001/human-1",
+        "B000000001/x",
+        "B000000004/0",
+        "B000000001/-1",
+        "B000000001/human-",
+        "x/0",
+    ],
+)
 def test_a_goal_that_is_not_there_is_one_clear_error(folder, item):
     with pytest.raises(UserError, match="list goals again"):
         envs.make_env("webshop", f"{folder}/{item}")
@@ -405,7 +454,8 @@ def test_equals_the_original_on_its_recorded_sessions(tmp_path, monkeypatch):
     with tarfile.open(SHARED / "webshop_1000.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.setenv("WEBSHOP_DATA", str(tmp_path))
-    sessions = json.load(lzma.open(SHARED / "webshop_transcripts.json.xz"))
+    with lzma.open(SHARED / "webshop_transcripts.json.xz") as file:
+        sessions = json.load(file)
     catalogue = webshop.load_catalogue(str(tmp_path))
     names = catalogue.goal_names()
     steps = 0

@@ -1,6 +1,6 @@
 """Run by test_parallel.py, alone and under torchrun: a step on fixed rows, then what came of it.
 
-    python tests/two_ranks.py <rows.pt> <out.pt>
+python tests/two_ranks.py <rows.pt> <out.pt>
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Run by test_parallel.py under torchrun: all scripts in one start of two processes.
 
-    python tests/two_ranks_phases.py <flags of all scripts>
+python tests/two_ranks_phases.py <flags of all scripts>
 """
 
 import sys

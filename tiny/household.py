@@ -56,11 +56,43 @@ ROOMS_OF = {  # task type: where it can be played
     "pick_cool_then_place_in_recep": ["kitchen"],
     "pick_two_obj_and_place": ["kitchen", "livingroom", "bedroom"],
 }
-OBJECTS = set(  # a small vocabulary for a small policy
-    "Apple Bread Cup Egg Lettuce Mug Plate Potato Tomato Bowl Pan Pot Knife Fork Spoon Book CD "
-    "CellPhone CreditCard KeyChain Laptop Newspaper Pen Pencil Pillow RemoteControl Watch Vase "
-    "Cloth SoapBar SoapBottle SprayBottle ToiletPaper HandTowel Candle".split()
-)
+OBJECTS = {
+    "Apple",
+    "Bread",
+    "Cup",
+    "Egg",
+    "Lettuce",
+    "Mug",
+    "Plate",
+    "Potato",
+    "Tomato",
+    "Bowl",
+    "Pan",
+    "Pot",
+    "Knife",
+    "Fork",
+    "Spoon",
+    "Book",
+    "CD",
+    "CellPhone",
+    "CreditCard",
+    "KeyChain",
+    "Laptop",
+    "Newspaper",
+    "Pen",
+    "Pencil",
+    "Pillow",
+    "RemoteControl",
+    "Watch",
+    "Vase",
+    "Cloth",
+    "SoapBar",
+    "SoapBottle",
+    "SprayBottle",
+    "ToiletPaper",
+    "HandTowel",
+    "Candle",
+}
 NEEDS = {  # task type: the trait its object must have
     "pick_clean_then_place_in_recep": "Cleanable",
     "pick_heat_then_place_in_recep": "Heatable",
@@ -151,12 +183,12 @@ def write_problem(room: Room, rng, number) -> str:
     o_kinds = sorted({room.target, *(o for o, _ in room.placed)})
 
     facts = [f"(atLocation agent1 {start})"]
-    for r, r_id, spot in zip(room.receptacles, r_ids, spots):
+    for r, r_id, spot in zip(room.receptacles, r_ids, spots, strict=True):
         facts.append(f"(receptacleType {r_id} {r}Type)")
         facts.append(f"(receptacleAtLocation {r_id} {spot})")
         if r in constants.OPENABLE_CLASS_LIST:
             facts.append(f"(openable {r_id})")
-    for (o, i), o_id in zip(room.placed, o_ids):
+    for (o, i), o_id in zip(room.placed, o_ids, strict=True):
         facts.append(f"(objectType {o_id} {o}Type)")
         facts.append(f"(inReceptacle {o_id} {r_ids[i]})")
         facts.append(f"(objectAtLocation {o_id} {spots[i]})")

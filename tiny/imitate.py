@@ -34,8 +34,14 @@ from transformers import HfArgumentParser
 
 import envs
 from config import (
-    Config, UserError, flag, read_json, refuse, refuse_unknown_flags, write_atomically,
-)  # fmt: skip
+    Config,
+    UserError,
+    flag,
+    read_json,
+    refuse,
+    refuse_unknown_flags,
+    write_atomically,
+)
 from runtime import saves
 from runtime.batches import Row, collate, micro_batches
 from runtime.generation import encode_prompts, generate
@@ -145,7 +151,7 @@ def make_optimizers(model, lessons: Lessons, saved=None) -> list:
         torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.0),
         torch.optim.AdamW(others, lr=lr / 4, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    for optimizer, state in zip(optimizers, saved or ()):
+    for optimizer, state in zip(optimizers, saved or (), strict=True):
         optimizer.load_state_dict(state)
     return optimizers
 
@@ -163,7 +169,9 @@ def make_rows(tokenizer, pairs) -> list:
     prompts = encode_prompts(tokenizer, [prompt for prompt, _ in pairs])
     answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
     eos = [tokenizer.eos_token_id]
-    return [Row(prompt, answer + eos, 0.0, []) for prompt, answer in zip(prompts, answers)]
+    return [
+        Row(prompt, answer + eos, 0.0, []) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def make_batches(rows, size, seed) -> list:
@@ -220,7 +228,7 @@ def measure(model, tokenizer, pairs, lessons: Lessons) -> dict:
     answers = generate(model, tokenizer, prompts, max_new_tokens=longest, **greedy)
     result = {"loss": total / sum(lengths)}
     result |= dict.fromkeys(("steps", "exact", "valid", "summaries", "parsable"), 0)
-    for (_, wanted), (_, _, text) in zip(pairs, answers):
+    for (_, wanted), (_, _, text) in zip(pairs, answers, strict=True):
         if is_summary(wanted):
             result["summaries"] += 1
             result["parsable"] += parse_skill(text) is not None

@@ -67,7 +67,20 @@ CATEGORIES = {  # category: (levels above the product, options, attributes, prod
     ),
 }
 GOALS = 500  # of a turn of catalogues, in the lessons
-BRANDS = "Arbo Belka Cando Delmar Evora Fenix Gilda Hanse Iris Jolin Kapro Lumo".split()
+BRANDS = [
+    "Arbo",
+    "Belka",
+    "Cando",
+    "Delmar",
+    "Evora",
+    "Fenix",
+    "Gilda",
+    "Hanse",
+    "Iris",
+    "Jolin",
+    "Kapro",
+    "Lumo",
+]
 
 
 def make_catalogue(folder: Path, products: int, seed, difficulty=None) -> Path:
@@ -227,7 +240,6 @@ def made_goals(seed, goals, difficulties):
             catalogue = webshop.Catalogue(folder / "cache")
             for goal in catalogue.goal_names()[:goals]:
                 yield webshop.WebShop(catalogue.goal(goal), catalogue)
-            catalogue.file.close()
 
 
 def goals_of(data, rng, split):

@@ -144,7 +144,7 @@ def play(policy, config, bench) -> tuple:
     episodes = common.rollout(policy, config, groups, seed=0, temperature=1.0)
     turns = [[] for _ in range(bench.turns)]
     for episode in episodes:
-        for turn, step in zip(turns, episode.steps):
+        for turn, step in zip(turns, episode.steps, strict=True):
             if bench.prompt_tokens:
                 repeats = 1 + bench.prompt_tokens // len(step.prompt_ids)
                 step.prompt_ids = (step.prompt_ids * repeats)[: bench.prompt_tokens]

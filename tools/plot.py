@@ -92,7 +92,7 @@ def draw_success(axis, records):
         x, values = column(records, name)
         axis.plot(x, with_gaps(values), ".", color=color, alpha=0.35)
         line = smooth(values)
-        line = [None if raw is None else mean for mean, raw in zip(line, values)]
+        line = [None if raw is None else mean for mean, raw in zip(line, values, strict=True)]
         axis.plot(x, with_gaps(line), color=color, label=f"{arm}, training rollouts")
     axis.set(ylabel="success", ylim=(0, 1))
 

@@ -43,7 +43,7 @@ def differences(results, variant, control) -> list:
     end = (matrix(ours, -1) - matrix(theirs, -1)).mean(1)
     return [
         {"seed": seed, "warmup": float(w), "curve": float(c), "end": float(e)}
-        for seed, w, c, e in zip(ours, warmups, curve, end)
+        for seed, w, c, e in zip(ours, warmups, curve, end, strict=True)
     ]
 
 

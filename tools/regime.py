@@ -111,7 +111,7 @@ def draw(names, rows, title, path):
     figure, axes = plt.subplots(
         1, len(names), figsize=(3.6 * len(names), 3.4), sharey=True, constrained_layout=True
     )
-    for axis, name in zip(np.atleast_1d(axes), names):
+    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
         for variant, curves in read_json(f"results/study-{name}.json").items():
             mean_curve(axis, variant, curves)
         rare = next(row["rare"] for row in rows if row["study"] == name)

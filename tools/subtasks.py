@@ -21,7 +21,6 @@ from config import UserError, read_json
 from runtime.run import run_script
 from tools.study import between, interval
 
-
 ALIKE = ("split", "iteration", "temperature", "skills")  # in all evaluations of a column
 
 

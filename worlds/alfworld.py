@@ -73,10 +73,20 @@ KNOWN_GOALS = {  # digest of the goal's shape -> the kind of goal
 }
 TASK = re.compile(r"Your task is to: ([\w ,.'-]+?)\.?\"")  # in a grammar: plain words, no code
 FACT = re.compile(r"\((\w+) ([\w ]+)\)", re.ASCII)
-TRAITS = (  # predicates of one object that the engine reads
-    "pickupable cleanable heatable coolable toggleable sliceable isClean isHot isCool isToggled "
-    "isSliced isReceptacleObject"
-).split()
+TRAITS = [
+    "pickupable",
+    "cleanable",
+    "heatable",
+    "coolable",
+    "toggleable",
+    "sliceable",
+    "isClean",
+    "isHot",
+    "isCool",
+    "isToggled",
+    "isSliced",
+    "isReceptacleObject",
+]
 FACTS = {  # predicate of a start state -> the kinds of its arguments
     "atLocation": ("agent", "location"),
     "receptacleAtLocation": ("receptacle", "location"),
@@ -88,7 +98,7 @@ FACTS = {  # predicate of a start state -> the kinds of its arguments
     "objectAtLocation": ("object", "location"),
     "openable": ("receptacle",),
     "opened": ("receptacle",),
-} | {trait: ("object",) for trait in TRAITS}
+} | dict.fromkeys(TRAITS, ("object",))
 
 
 def digest(text: str) -> str:

@@ -95,8 +95,41 @@ TOKEN = regex.compile(
 )
 LONGEST_TOKEN = 255  # characters; Lucene cuts a longer one into pieces
 STOP_WORDS = frozenset(
-    "a an and are as at be but by for if in into is it no not of on or such that the their then "
-    "there these they this to was will with".split()
+    [
+        "a",
+        "an",
+        "and",
+        "are",
+        "as",
+        "at",
+        "be",
+        "but",
+        "by",
+        "for",
+        "if",
+        "in",
+        "into",
+        "is",
+        "it",
+        "no",
+        "not",
+        "of",
+        "on",
+        "or",
+        "such",
+        "that",
+        "the",
+        "their",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "to",
+        "was",
+        "will",
+        "with",
+    ]
 )
 stemmer = PorterStemmer(mode="MARTIN_EXTENSIONS")  # Porter's own later version, which Lucene has
 
@@ -167,7 +200,7 @@ class Index:
             lengths.append(counts.total())
             for word, times in counts.items():
                 posting = (terms.setdefault(word, len(terms)), number, times)
-                for column, value in zip(columns, posting):
+                for column, value in zip(columns, posting, strict=True):
                     column.append(value)
         if not terms:
             raise UserError(f"{folder}: no product with a word in it; download the products again")
@@ -328,7 +361,7 @@ def check_product(product):
 
 
 def read_prices(text: str) -> list:
-    """"$5 to $8" -> [5.0, 8.0]: one price, or the two ends of a range; [100.0] for none."""
+    """Text as "$5 to $8" -> [5.0, 8.0]: one price, or the ends of a range; [100.0] for none."""
     digits = [re.sub(r"[^\d.]", "", part).strip(".") for part in text.split("$")[1:]]
     prices = [float(Decimal(number)) for number in digits if number]
     return prices[:2] or [100.0]
@@ -444,11 +477,11 @@ def draw_prices(prices, instructed) -> dict:
     drawn = [p[0] if len(p) == 1 else rng.uniform(*p) for p in prices]
     state = rng.getstate()
     limits = []
-    for price, (synthetic, _, _) in zip(drawn, instructed):
+    for price, (synthetic, _, _) in zip(drawn, instructed, strict=True):
         limits.append(None if synthetic is None else price_limit(price, rng))
     rng.setstate(state)
     human_limits = []
-    for price, (_, n_human, _) in zip(drawn, instructed):
+    for price, (_, n_human, _) in zip(drawn, instructed, strict=True):
         human_limits.append([price_limit(price, rng) for _ in range(n_human)])
     return {"prices": drawn, "limits": limits, "human_limits": human_limits}
 
@@ -467,12 +500,12 @@ class Catalogue:
         self.number = {asin: i for i, asin in enumerate(self.ids)}
         self.index = Index(cache)
         self.offsets = np.load(cache / "offsets.npy")
-        self.file = open(cache / "products.jsonl", "rb")
+        self.lines = np.memmap(cache / "products.jsonl", mode="r")
         self.product = lru_cache(maxsize=4096)(self.read)
 
     def read(self, number: int) -> dict:
-        self.file.seek(self.offsets[number])
-        return json.loads(self.file.readline())
+        start, end = self.offsets[number : number + 2]
+        return json.loads(bytes(self.lines[start:end]))
 
     def search(self, words: list) -> list:
         """Numbers of the products for a query; <r>, <c> and <q> as first word are the original's
@@ -492,7 +525,7 @@ class Catalogue:
     def goal_names(self, human=False) -> list:
         """Every goal as "<asin>/<number>" ("<asin>/human-<number>"), shuffled once."""
         names = []
-        for asin, (options, n_human, _) in zip(self.ids, self.instructed):
+        for asin, (options, n_human, _) in zip(self.ids, self.instructed, strict=True):
             if human:
                 names += [f"{asin}/human-{i}" for i in range(n_human)]
             elif options is not None:
@@ -566,7 +599,7 @@ def nth_choice(options: dict, n: int) -> dict:
     """{option: values} -> {option: value}, the n-th of all ways to choose, by sorted names."""
     names = sorted(options)
     choices = itertools.product(*(options[name] for name in names))
-    return dict(zip(names, next(itertools.islice(choices, n, None))))
+    return dict(zip(names, next(itertools.islice(choices, n, None)), strict=True))
 
 
 @lru_cache(maxsize=4)
@@ -594,16 +627,110 @@ def load_catalogue(folder) -> Catalogue:
 # Reward
 # --------------------------------------------------------------------------------------------------
 
-COLORS = (  # in the original's order: the first one contained in a value replaces it
-    "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown "
-    "burgundy camel camo caramel champagne charcoal cheetah chestnut chocolate christmas coffee "
-    "cognac copper coral cranberry cream crystal dark denim eggplant elephant espresso fuchsia "
-    "gold granite grape graphite grass gray green grey heather indigo ivory ivy khaki lavender "
-    "lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor "
-    "mushroom mustard natural navy nude olive orange peach pewter pink plum purple rainbow red "
-    "rose royal rust sand sapphire seashell silver skull slate steel stone stonewash sunflower "
-    "tan taupe teal tiger turquoise violet walnut wheat white wine yellow"
-).split()
+COLORS = [
+    "alabaster",
+    "apricot",
+    "aqua",
+    "ash",
+    "asphalt",
+    "azure",
+    "banana",
+    "beige",
+    "black",
+    "blue",
+    "blush",
+    "bordeaux",
+    "bronze",
+    "brown",
+    "burgundy",
+    "camel",
+    "camo",
+    "caramel",
+    "champagne",
+    "charcoal",
+    "cheetah",
+    "chestnut",
+    "chocolate",
+    "christmas",
+    "coffee",
+    "cognac",
+    "copper",
+    "coral",
+    "cranberry",
+    "cream",
+    "crystal",
+    "dark",
+    "denim",
+    "eggplant",
+    "elephant",
+    "espresso",
+    "fuchsia",
+    "gold",
+    "granite",
+    "grape",
+    "graphite",
+    "grass",
+    "gray",
+    "green",
+    "grey",
+    "heather",
+    "indigo",
+    "ivory",
+    "ivy",
+    "khaki",
+    "lavender",
+    "lemon",
+    "leopard",
+    "light",
+    "lilac",
+    "lime",
+    "magenta",
+    "maroon",
+    "mauve",
+    "merlot",
+    "midnight",
+    "mint",
+    "mocha",
+    "multicolor",
+    "mushroom",
+    "mustard",
+    "natural",
+    "navy",
+    "nude",
+    "olive",
+    "orange",
+    "peach",
+    "pewter",
+    "pink",
+    "plum",
+    "purple",
+    "rainbow",
+    "red",
+    "rose",
+    "royal",
+    "rust",
+    "sand",
+    "sapphire",
+    "seashell",
+    "silver",
+    "skull",
+    "slate",
+    "steel",
+    "stone",
+    "stonewash",
+    "sunflower",
+    "tan",
+    "taupe",
+    "teal",
+    "tiger",
+    "turquoise",
+    "violet",
+    "walnut",
+    "wheat",
+    "white",
+    "wine",
+    "yellow",
+]
 
 
 def normalize_color(value):
@@ -698,7 +825,7 @@ SUBPAGES = ("Description", "Features", "Reviews")
 
 
 def parse_command(action: str) -> tuple:
-    """"verb[target]" -> (verb, target in lower case), as the original's `(.+)\\[(.+)\\]` finds.
+    """A text "verb[target]" -> (verb, target in lower case), as the original's `(.+)\\[(.+)\\]`.
 
     Greedy on one line: the target ends at the last "]" and begins at the last "[" that leaves it
     something; anything else is a verb without a target. Linear in the length, which a regular

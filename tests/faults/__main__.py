@@ -1,7 +1,7 @@
 """The whole fault harness -> runs/faults.md.
 
-    python -m tests.faults                 # about an hour on two cores
-    python -m tests.faults --short         # a few of each, minutes
+python -m tests.faults                 # about an hour on two cores
+python -m tests.faults --short         # a few of each, minutes
 """
 
 import argparse

@@ -11,7 +11,6 @@ import contextlib
 import json
 import random
 import re
-import shutil
 import sys
 import tempfile
 import traceback
@@ -24,7 +23,7 @@ from tiny import household, shop
 from worlds import alfworld, webshop
 
 VALUES = [None, True, 0, -1, 1.5, 10**400, float("nan"), "", "x", "\ud800", "\x1b[2J", [], [1], {}]
-VALUES += [{"x": 1}, ["a", None], [["a"]], "Your task is to: {1/0}\"", 10**19, "$1.2.3 to $x", "/"]
+VALUES += [{"x": 1}, ["a", None], [["a"]], 'Your task is to: {1/0}"', 10**19, "$1.2.3 to $x", "/"]
 
 
 # --- ways to damage -------------------------------------------------------------------------------

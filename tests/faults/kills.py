@@ -1,9 +1,9 @@
 """Kill a run wherever it can be killed; what it ends with must be what the unbroken run ends with.
 
-    python -m tests.faults.kills --count 60     # of each phase, at file operations all over it
-    python -m tests.faults.kills --times 20     # at random times
-    python -m tests.faults.kills --terms 20     # SIGTERM at random times
-    python -m tests.faults.kills --ranks 3      # one of two processes of torchrun
+python -m tests.faults.kills --count 60     # of each phase, at file operations all over it
+python -m tests.faults.kills --times 20     # at random times
+python -m tests.faults.kills --terms 20     # SIGTERM at random times
+python -m tests.faults.kills --ranks 3      # one of two processes of torchrun
 """
 
 import argparse
