@@ -22,15 +22,12 @@ import torch
 from tqdm import tqdm
 
 import envs
-from config import Config, UserError, parse_config
+from config import UserError
 from runtime import guard, parallel
 from runtime.batches import Row, collate, make_batches, micro_batches
 from runtime.generation import Cache, encode_prompts, generate
 from runtime.logprobs import expected_logprobs, token_logprobs
-from runtime.metrics import arms, rollout_metrics
-from runtime.policy import Policy
-from runtime.run import Run, run_script
-from skills import Skill, SkillBank, group_deltas, parse_skill, plain_successes, shown_in_prompt
+from skills import shown_in_prompt
 
 # --------------------------------------------------------------------------------------------------
 # Credit: which step of which episode was better than its peers

@@ -56,23 +56,7 @@ class Skill:
     deltas: list = field(default_factory=list)  # every Delta_g: its life
 
 
-PLACEBO = [
-    "go",
-    "on",
-    "as",
-    "you",
-    "think",
-    "best",
-    "and",
-    "take",
-    "the",
-    "time",
-    "that",
-    "you",
-    "need",
-    "for",
-    "it",
-]
+PLACEBO = "go on as you think best and take the time that you need for it".split()
 
 
 def shown_in_prompt(skill, config) -> tuple:

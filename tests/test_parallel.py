@@ -15,10 +15,7 @@ from config import read_jsonl
 from runtime import parallel
 
 # "--", or torchrun takes the script's --run for a flag of its own
-TORCHRUN = [
-    sys.executable,
-    *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"],
-]
+TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 --".split()]
 
 
 def start(command, folder):

@@ -151,8 +151,9 @@ def make_optimizers(model, lessons: Lessons, saved=None) -> list:
         torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.0),
         torch.optim.AdamW(others, lr=lr / 4, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    for optimizer, state in zip(optimizers, saved or (), strict=True):
-        optimizer.load_state_dict(state)
+    if saved:
+        for optimizer, state in zip(optimizers, saved, strict=True):
+            optimizer.load_state_dict(state)
     return optimizers
 
 

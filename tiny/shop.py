@@ -67,20 +67,7 @@ CATEGORIES = {  # category: (levels above the product, options, attributes, prod
     ),
 }
 GOALS = 500  # of a turn of catalogues, in the lessons
-BRANDS = [
-    "Arbo",
-    "Belka",
-    "Cando",
-    "Delmar",
-    "Evora",
-    "Fenix",
-    "Gilda",
-    "Hanse",
-    "Iris",
-    "Jolin",
-    "Kapro",
-    "Lumo",
-]
+BRANDS = "Arbo Belka Cando Delmar Evora Fenix Gilda Hanse Iris Jolin Kapro Lumo".split()
 
 
 def make_catalogue(folder: Path, products: int, seed, difficulty=None) -> Path:

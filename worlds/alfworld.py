@@ -73,20 +73,10 @@ KNOWN_GOALS = {  # digest of the goal's shape -> the kind of goal
 }
 TASK = re.compile(r"Your task is to: ([\w ,.'-]+?)\.?\"")  # in a grammar: plain words, no code
 FACT = re.compile(r"\((\w+) ([\w ]+)\)", re.ASCII)
-TRAITS = [
-    "pickupable",
-    "cleanable",
-    "heatable",
-    "coolable",
-    "toggleable",
-    "sliceable",
-    "isClean",
-    "isHot",
-    "isCool",
-    "isToggled",
-    "isSliced",
-    "isReceptacleObject",
-]
+TRAITS = (  # predicates of one object that the engine reads
+    "pickupable cleanable heatable coolable toggleable sliceable isClean isHot isCool isToggled "
+    "isSliced isReceptacleObject"
+).split()
 FACTS = {  # predicate of a start state -> the kinds of its arguments
     "atLocation": ("agent", "location"),
     "receptacleAtLocation": ("receptacle", "location"),
