@@ -11,23 +11,27 @@ padded on the right and passed without an attention mask: causal attention never
 padding, so the logits of the real tokens are exact and the fast attention path is kept.
 """
 
-import math
+import random
 import time
-from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import envs
-from config import UserError
+from config import Config, UserError
 from runtime import guard, parallel
-from runtime.batches import Row, collate, make_batches, micro_batches
 from runtime.generation import Cache, encode_prompts, generate
-from runtime.logprobs import expected_logprobs, token_logprobs
-from skills import shown_in_prompt
+from runtime.memory import LOGITS
+from runtime.policy import Policy
+from skills import Skill, SkillBank
+from worlds import Observation
+
+SUCCESS_REWARD = 10.0  # of the step that solves the task; every other step gets 0
+GRAD_CLIP = 1.0  # largest norm of the gradient
 
 # --------------------------------------------------------------------------------------------------
 # Credit: which step of which episode was better than its peers
@@ -44,7 +48,7 @@ def gigpo_advantages(
     normalize_std=True,
     baseline="steps",
     penalties=None,
-) -> list:
+) -> list[np.ndarray]:
     """Group-in-group advantages A = A_E + w A_S (GiGPO Eq. 3 to 8; method Eq. 1 to 4).
 
     | argument  | per          | meaning                                                           |
@@ -70,8 +74,8 @@ def gigpo_advantages(
     state "hall" was met twice (returns 5 and 0, mean 2.5: A_S = 2.5, -2.5), "desk" once (A_S = 0).
     """
     penalties = penalties or [np.zeros(len(r)) for r in rewards]
-    scores = []  # S of every row: what its episode earned in all, less the row's own penalty
-    step_returns = []  # G_t = sum_{u >= t} gamma^(u - t) r_u, less the row's own penalty
+    scores = []  # S of every row: what its episode earned, less the row's own penalty
+    returns = []  # G_t = sum_{u >= t} gamma^(u - t) r_u, less the row's own penalty
     for episode_rewards, penalty in zip(rewards, penalties, strict=True):
         penalty = np.asarray(penalty, float)
         scores.append(sum(episode_rewards) - penalty)
@@ -80,41 +84,32 @@ def gigpo_advantages(
         for reward in reversed(episode_rewards):
             tail = reward + gamma * tail
             backwards.append(tail)
-        step_returns.append(np.array(backwards[::-1]) - penalty)
+        returns.append(np.array(backwards[::-1]) - penalty)
 
-    # A_E: how good the episode was among those of the same task
-    samples = defaultdict(list)
-    for group, episode_rewards, score in zip(groups, rewards, scores, strict=True):
-        samples[group] += list(score) if baseline == "steps" else [float(sum(episode_rewards))]
-    stats = {group: mean_std(values, lone_mean=0.0) for group, values in samples.items()}
-    advantages = [
-        relative(score, stats[group], normalize_std)
-        for group, score in zip(groups, scores, strict=True)
-    ]
+    peers = defaultdict(list)  # group -> the scores that its rows are compared with
+    siblings = defaultdict(list)  # (group, state) -> the returns of the steps taken from there
+    for e, group in enumerate(groups):
+        peers[group] += list(scores[e]) if baseline == "steps" else [float(sum(rewards[e]))]
+        for state, value in zip(anchors[e], returns[e], strict=True):
+            siblings[group, state].append(value)
 
-    # A_S: how good the step was among those from the same state of the same task
-    samples = defaultdict(list)
-    for group, states, returns in zip(groups, anchors, step_returns, strict=True):
-        for state, value in zip(states, returns, strict=True):
-            samples[group, state].append(value)
-    stats = {key: mean_std(values, lone_mean=values[0]) for key, values in samples.items()}
-    for group, states, returns, advantage in zip(
-        groups, anchors, step_returns, advantages, strict=True
-    ):
-        for t, state in enumerate(states):
-            step_advantage = relative(returns[t], stats[group, state], normalize_std)
-            advantage[t] += step_weight * step_advantage  # A = A_E + w A_S
+    advantages = []
+    for e, group in enumerate(groups):
+        # A_E: how good the episode was among those of the same task
+        advantage = relative(scores[e], peers[group], normalize_std)
+        # A_S: how good the step was among those from the same state of the same task
+        for t, state in enumerate(anchors[e]):
+            known = siblings[group, state]
+            if len(known) > 1:
+                step_advantage = relative(returns[e][t], known, normalize_std)
+                advantage[t] += step_weight * step_advantage  # A = A_E + w A_S
+        advantages.append(advantage)
     return advantages
 
 
-def mean_std(values, lone_mean) -> tuple:
-    """(mean, unbiased std); of a single value (`lone_mean`, 1), as in verl-agent."""
-    return (np.mean(values), np.std(values, ddof=1)) if len(values) > 1 else (lone_mean, 1.0)
-
-
-def relative(value, stats, normalize_std):
-    """(value - mean) / (std + 1e-6), or without the division."""
-    mean, std = stats
+def relative(value, peers, normalize_std):
+    """(value - mean) / (std + 1e-6), or without the division; of a single peer mean 0, std 1."""
+    mean, std = (np.mean(peers), np.std(peers, ddof=1)) if len(peers) > 1 else (0.0, 1.0)
     return (value - mean) / (std + 1e-6) if normalize_std else value - mean
 
 
@@ -155,25 +150,18 @@ def k3_kl(logprobs, ref_logprobs, mask, *, tokens=None):
     return token_mean((d.exp() - d - 1).clamp(-10, 10), mask, tokens)
 
 
-def internalization_loss(
-    logprobs, advantages, utility, used_skill, action_mask, *, clip=1.0, tokens=None
-):
-    """L_int: gated, advantage-weighted self-imitation under the plain prompt (method Eq. 10 to 12).
+def internalization_loss(logprobs, weights, gate, *, tokens=None):
+    """L_int: weighted self-imitation under the plain prompt (method Eq. 12) -> scalar.
 
-    | argument    | shape       | meaning                                                    |
-    |-------------|-------------|------------------------------------------------------------|
-    | logprobs    | [B, L]      | of the skill arm's response, given the PLAIN prompt        |
-    | advantages  | [B]         | GiGPO advantage of the row, in units of the reward's scale |
-    | utility     | [B]         | Delta_g of the row's group                                 |
-    | used_skill  | [B] bool    | the episode had skills in its prompt                       |
-    | action_mask | [B, L] bool | tokens of the action                                       |
+    | argument | shape       | meaning                                                   |
+    |----------|-------------|-----------------------------------------------------------|
+    | logprobs | [B, L]      | of a skill half's response, given the PLAIN prompt        |
+    | weights  | [B]         | w of the row (Eq. 11), constant                           |
+    | gate     | [B, L] bool | the tokens that are distilled (Eq. 10)                    |
 
-    gate = used_skill and Delta_g > 0 and action token;  w = clamp(advantage, 0, clip), constant;
-    returns the scalar - sum(gate * w * logprob) / max(1, sum(gate)).
+    - sum(gate * w * logprob) / max(1, sum(gate))
     """
-    gate = action_mask & (used_skill & (utility > 0))[:, None]  # [B, L]
-    weight = advantages.detach().clamp(0, clip)[:, None]  # [B, 1]
-    return -token_mean(weight * logprobs, gate, tokens)
+    return -token_mean(weights[:, None] * logprobs, gate, tokens)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,74 +174,80 @@ class Step:
     """One step of an episode: one training row. Both prompts are kept for phase 2."""
 
     obs: str  # the raw observation: GiGPO's anchor state
-    plain_ids: list  # token ids of the plain prompt x_t
-    prompt_ids: list  # token ids of the prompt the policy saw: x_t, or xs_t with the skill block
+    plain_ids: list[int]  # the plain prompt x_t
+    prompt_ids: list[int]  # the prompt the policy saw: x_t, or xs_t with the skill block
     response: str
-    response_ids: list
-    logprobs: list  # of the response tokens, at sampling time
+    response_ids: list[int]
+    logprobs: list[float]  # of the response tokens, at sampling time
     action: str
     valid: bool  # the response was well-formed
-    reward: float
+    reward: float = 0.0
+    distilled: dict = field(default_factory=dict)  # what phase 2 took of it, for its transcript
 
 
 @dataclass
 class Episode:
-    """A member of a group; `rollout` fills in what was played."""
+    """A member of a group, with its game, and the steps that `rollout` plays."""
 
     item: str
     group: str  # the task instance: the GiGPO group
-    skills: tuple = ()  # in its prompt; empty in the plain arm
+    skills: list[Skill] = field(default_factory=list)  # of the skill half; empty in the plain half
+    shown: list[tuple] = field(default_factory=list)  # (condition, strategy) in its prompt
     task: str = ""
     task_type: str = ""
-    steps: list = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    done: bool = False
     success: bool = False
-    score: float = 0.0
+    score: float = 0.0  # what the world pays
     failure: str = ""  # why the world could not go on, if it raised an error
+    game: object = None  # while it is played
+    obs: Observation | None = None  # what the policy sees next
 
 
-def plan_groups(
-    items, config, *, members=None, skilled=None, bank=None, statuses=(), training=True
-) -> list:
-    """Items -> groups of `members` (config.group_size) unplayed episodes; the first `skilled` of
-    each (the share config.skill_share, one at least of either half unless it is 0 or 1) carry the
-    skills that `bank` retrieves for it, if it has any of these statuses.
+def open_groups(items, config: Config, members=None) -> list[list[Episode]]:
+    """Items -> groups of `members` (config.group_size) episodes, ready to be played.
 
     An item is the same game in the same initial state for all, so that the two halves of a group
     differ in the skill block alone.
     """
-    members = config.group_size if members is None else members
-    if members < 1 or not items:
-        raise UserError("an empty group: --tasks and --group_size must be 1 at least")
-    if skilled is None:
-        skilled = math.floor(config.skill_share * members + 0.5)
-        if 0 < config.skill_share < 1:
-            skilled = min(max(skilled, 1), members - 1)
     groups = []
     for number, item in enumerate(items):
-        skills = ()
-        obs = guard.first_observation(config, item) if bank and skilled else None
-        if obs:
-            skills = bank.retrieve(obs.task, obs.task_type, config.top_k, statuses, training)
-        group = f"{number}:{item}"
-        with_skills = [Episode(item, group, tuple(skills)) for _ in range(skilled)]
-        plain = [Episode(item, group) for _ in range(members - skilled)]
-        groups.append(with_skills + plain)
+        group = [Episode(item, f"{number}:{item}") for _ in range(members or config.group_size)]
+        for episode in group:
+            with guard.keeping_failure(episode):
+                episode.game = envs.make_env(config.env, item, config.engine)
+                episode.obs = episode.game.reset()
+                episode.task = episode.obs.task
+                episode.task_type = episode.obs.task_type
+        groups.append(group)
     return groups
 
 
-def rollout(policy, config, groups, seed, *, temperature=None, desc="rollout") -> list:
-    """Play every episode of the groups to its end -> [Episode], in their order, without the groups
-    of which a world raised an error.
+def put_skills(groups, bank: SkillBank, statuses):
+    """Give one half of each group the skills that the bank has for its task: the skill half."""
+    for group in groups:
+        skills = bank.retrieve(group[0].task, group[0].task_type, statuses)
+        bank.count_try(skills)
+        for episode in group[: (len(group) + 1) // 2]:
+            episode.skills = skills
+            episode.shown = bank.shown(skills)
+
+
+def rollout(
+    policy: Policy, config: Config, groups, seed, *, temperature=None, desc="rollout"
+) -> list[Episode]:
+    """Play every episode of the groups to its end -> the episodes, in their order, without the
+    groups of which a world raised an error.
 
     All games run in this process, one step of each at a time; finished ones leave the batch.
     """
     temperature = config.temperature if temperature is None else temperature
 
     def play_groups(own):
-        members = [episode for group in own for episode in group]
-        return play(policy, config, members, temperature, seed, desc)
+        episodes = [episode for group in own for episode in group]
+        return play(policy, config, episodes, temperature, seed, desc)
 
-    episodes = parallel.divided(policy.model, groups, play_groups)
+    episodes = parallel.map_scattered(policy.model, groups, play_groups)
     if policy.model.device.type == "cuda":
         torch.cuda.empty_cache()  # the KV cache makes room for the update
     planned = [episode for group in groups for episode in group]
@@ -262,25 +256,22 @@ def rollout(policy, config, groups, seed, *, temperature=None, desc="rollout") -
     return guard.without_failures(episodes)
 
 
-def play(policy, config, episodes, temperature, seed, desc) -> list:
+def play(policy, config, episodes, temperature, seed, desc) -> list[Episode]:
     """The same episodes, played: per turn the prompts, the responses, a step of each game."""
-    model = policy.model
-    games, observations = guard.open_games(episodes, config)
-    running = [i for i, episode in enumerate(episodes) if not episode.failure]
     rows = min(config.generation_rows, len(episodes))
-    cache = Cache(model, rows, config.max_prompt_tokens + config.max_response_tokens)
+    cache = Cache(policy.model, rows, config.max_prompt_tokens + config.max_response_tokens)
     fallback_chars = envs.world(config.env).FALLBACK_CHARS
-    tokens = 0
     start = time.time()
+    tokens = 0
     quiet = parallel.rank() > 0
     with tqdm(total=len(episodes), desc=desc, unit="episode", leave=False, disable=quiet) as bar:
         for t in range(config.max_steps):
+            running = [episode for episode in episodes if not episode.done]
             if not running:
                 break
-            waiting = [(episodes[i], observations[i]) for i in running]
-            prompts = fit_prompts(policy.tokenizer, config, waiting)
+            prompts = fit_prompts(policy.tokenizer, config, running)
             answers = generate(
-                model,
+                policy.model,
                 policy.tokenizer,
                 [prompt_ids for _, prompt_ids in prompts],
                 temperature=temperature,
@@ -289,17 +280,12 @@ def play(policy, config, episodes, temperature, seed, desc) -> list:
                 cache=cache,
                 seed=parallel.own_seed(1000 * seed + t),
             )
-            still_running = []
-            for i, (plain_ids, prompt_ids), answer in zip(running, prompts, answers, strict=True):
-                response_ids, logprobs, response = answer
+            for episode, (plain_ids, prompt_ids), (response_ids, logprobs, response) in zip(
+                running, prompts, answers, strict=True
+            ):
                 action, valid = envs.parse_action(response, fallback_chars)
-                seen = observations[i].text
-                outcome = guard.attempt(episodes[i], games[i].step, action)
-                if outcome is None:
-                    continue
-                observations[i], reward, done, info = outcome
                 step = Step(
-                    obs=seen,
+                    obs=episode.obs.text,
                     plain_ids=plain_ids,
                     prompt_ids=prompt_ids,
                     response=response,
@@ -307,24 +293,57 @@ def play(policy, config, episodes, temperature, seed, desc) -> list:
                     logprobs=logprobs,
                     action=action,
                     valid=valid,
-                    reward=reward * config.success_reward,
                 )
-                episodes[i].steps.append(step)
-                episodes[i].success = info["success"]
-                episodes[i].score = info["score"]
+                with guard.keeping_failure(episode):
+                    episode.obs, reward, episode.done, info = episode.game.step(action)
+                    step.reward = reward * SUCCESS_REWARD
+                    episode.success = info["success"]
+                    episode.score = info["score"]
+                    episode.steps.append(step)
                 tokens += len(response_ids)
-                if not done:
-                    still_running.append(i)
-            bar.update(len(running) - len(still_running))
-            running = still_running
-            success = np.mean([e.success for e in episodes])
+            bar.update(sum(episode.done for episode in running))
+            success = np.mean([episode.success for episode in episodes])
             speed = tokens / (time.time() - start)
             bar.set_postfix_str(f"step {t + 1}, success {success:.2f}, {speed:.0f} tokens/s")
+    for episode in episodes:
+        episode.game = episode.obs = None
     return episodes
 
 
-def sample_texts(policy, config, prompts, seed) -> list:
-    """One response for each user message -> [text], at temperature 1."""
+def fit_prompts(tokenizer, config: Config, episodes) -> list[tuple]:
+    """Episodes -> [(ids of the plain prompt x_t, ids of the prompt to use)] of their next step.
+
+    A prompt longer than `max_prompt_tokens` loses history, oldest first, and its plain twin too;
+    UserError if that is not enough.
+    """
+
+    def encode(chosen, keep) -> list[tuple]:  # with `keep` steps of history
+        plain, shown = [], []
+        for episode in chosen:
+            past = [(step.obs, step.action) for step in episode.steps]
+            x, xs = envs.build_prompts(episode.obs, past, episode.shown, keep)
+            plain.append(x)
+            shown.append(xs)
+        ids = encode_prompts(tokenizer, plain + shown)
+        return list(zip(ids[: len(chosen)], ids[len(chosen) :], strict=True))
+
+    fitted = encode(episodes, config.history)
+    for i, episode in enumerate(episodes):
+        keep = config.history
+        while (longest := max(map(len, fitted[i]))) > config.max_prompt_tokens:
+            if keep == 0:
+                raise UserError(
+                    f"{episode.item}: the prompt of step {len(episode.steps) + 1} without history "
+                    f"has {longest} tokens; raise --max_prompt_tokens "
+                    f"({config.max_prompt_tokens} now)"
+                )
+            keep -= 1
+            fitted[i] = encode([episode], keep)[0]
+    return fitted
+
+
+def sample_texts(policy: Policy, config: Config, prompts, seed) -> list[str]:
+    """One response for each user message, at temperature 1."""
 
     def write(own):
         return generate(
@@ -337,47 +356,13 @@ def sample_texts(policy, config, prompts, seed) -> list:
             seed=parallel.own_seed(seed),
         )
 
-    return [text for _, _, text in parallel.divided(policy.model, prompts, write)]
+    return [text for _, _, text in parallel.map_scattered(policy.model, prompts, write)]
 
 
-def fit_prompts(tokenizer, config, waiting) -> list:
-    """[(episode, observation)] -> [(ids of the plain prompt x_t, ids of the prompt to use)].
-
-    A prompt longer than `max_prompt_tokens` loses history, oldest first, and its plain twin too;
-    UserError if that is not enough.
-    """
-
-    def encode(keep, chosen):  # both prompts of each, with `keep` steps of history
-        texts = []
-        for episode, obs in chosen:
-            past = [(step.obs, step.action) for step in episode.steps]
-            skills = [shown_in_prompt(skill, config) for skill in episode.skills]
-            texts += envs.build_prompts(obs, past, skills, keep)
-        ids = encode_prompts(tokenizer, texts)
-        return list(zip(ids[::2], ids[1::2], strict=True))
-
-    fitted = encode(config.history, waiting)
-    for i, pair in enumerate(waiting):
-        for keep in reversed(range(config.history)):
-            if max(map(len, fitted[i])) > config.max_prompt_tokens:
-                fitted[i] = encode(keep, [pair])[0]
-        longest = max(map(len, fitted[i]))
-        if longest > config.max_prompt_tokens:
-            episode = pair[0]
-            raise UserError(
-                f"{episode.item}: the prompt of step {len(episode.steps) + 1} without history has "
-                f"{longest} tokens; raise --max_prompt_tokens ({config.max_prompt_tokens} now)"
-            )
-    return fitted
-
-
-def episode_advantages(episodes, config) -> list:
-    """GiGPO advantages; both arms of a task are one group, the anchor is the bare observation."""
-    groups = [e.group for e in episodes]
-    if config.arm_baselines:
-        groups = [(e.group, bool(e.skills)) for e in episodes]
+def episode_advantages(episodes, config: Config) -> list[np.ndarray]:
+    """GiGPO advantages; both halves of a task are one group, the anchor is the bare observation."""
     return gigpo_advantages(
-        groups,
+        [e.group for e in episodes],
         [[s.reward for s in e.steps] for e in episodes],
         [[s.obs for s in e.steps] for e in episodes],
         gamma=config.gamma,
@@ -393,33 +378,117 @@ def episode_advantages(episodes, config) -> list:
 # --------------------------------------------------------------------------------------------------
 
 
-def rl_rows(episodes, advantages, config) -> list:
-    """Every step under its own prompt; without the steps that have nothing to teach."""
-    rows = [
+@dataclass
+class Row:
+    """A training row. An RL row trains its whole response; a row with a gate those tokens only."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    advantage: float = 0.0  # A, of an RL row
+    rollout_logprobs: list[float] = field(default_factory=list)  # of an RL row
+    gate: list[bool] | None = None  # Eq. 10, per response token: an internalization row
+    weight: float = 0.0  # w of Eq. 11
+    rank: int = 0  # of the process that trains it
+    old_logprobs: torch.Tensor | None = None  # filled by `update`, per response token
+    ref_logprobs: torch.Tensor | None = None
+
+    def __len__(self):
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def rl_rows(episodes, advantages) -> list[Row]:
+    """Every step under its own prompt, but for those of advantage 0: they have nothing to teach."""
+    return [
         Row(step.prompt_ids, step.response_ids, float(advantage), step.logprobs)
         for episode, step_advantages in zip(episodes, advantages, strict=True)
         for step, advantage in zip(episode.steps, step_advantages, strict=True)
+        if abs(advantage) > 1e-8
     ]
-    return [row for row in rows if abs(row.advantage) > 1e-8] if config.skip_zero_rows else rows
 
 
-def find_action_tokens(tokenizer, response_ids) -> list:
+def find_action_tokens(tokenizer, response_ids) -> list[bool]:
     """True for tokens that overlap the text inside <action>...</action> or the closing tag.
 
     Token ends come from decoding: a sampled response need not be tokenized as the tokenizer would.
     No parsable action: all False. Thoughts and EOS are never included.
     """
-
-    def end(i):  # of token i, in characters
-        return len(tokenizer.decode(response_ids[: i + 1], skip_special_tokens=True))
-
-    span = envs.action_span(tokenizer.decode(response_ids, skip_special_tokens=True))
+    text = tokenizer.decode(response_ids, skip_special_tokens=True)
+    span = envs.action_span(text)
     if span is None:
         return [False] * len(response_ids)
-    tokens = range(len(response_ids))
-    first = bisect_right(tokens, span[0], key=end)  # the first that ends behind <action>
-    last = bisect_left(tokens, span[1] + len("</action>"), key=end)
-    return [first <= i <= last for i in tokens]
+    first, last = span[0], span[1] + len("</action>")  # characters
+    mask = [False] * len(response_ids)
+    end = len(text)
+    for i in reversed(range(len(response_ids))):  # the action stands at the end
+        start = len(tokenizer.decode(response_ids[:i], skip_special_tokens=True))
+        mask[i] = start < last and end > first
+        if start <= first:
+            break
+        end = start
+    return mask
+
+
+def collate(rows, pad_id, device) -> dict[str, torch.Tensor]:
+    """Rows -> right-padded tensors [B, L] and per-row tensors [B]."""
+    shape = (len(rows), max(map(len, rows)))
+    batch = {
+        "ids": torch.full(shape, pad_id),
+        "response_mask": torch.zeros(shape, dtype=torch.bool),
+        "rl_mask": torch.zeros(shape, dtype=torch.bool),  # responses of the RL rows
+        "gate": torch.zeros(shape, dtype=torch.bool),  # of the internalization rows
+        "old_logprobs": torch.zeros(shape),
+        "ref_logprobs": torch.zeros(shape),
+        "advantages": torch.tensor([row.advantage for row in rows]),
+        "weights": torch.tensor([row.weight for row in rows]),
+    }
+    for i, row in enumerate(rows):
+        span = slice(len(row.prompt_ids), len(row))
+        batch["ids"][i, : len(row)] = torch.tensor(row.prompt_ids + row.response_ids)
+        batch["response_mask"][i, span] = True  # EOS included: the policy must learn to stop
+        if row.gate is None:
+            batch["rl_mask"][i, span] = True
+        else:
+            batch["gate"][i, span] = torch.tensor(row.gate)
+        for name in ("old_logprobs", "ref_logprobs"):
+            if getattr(row, name) is not None:
+                batch[name][i, span] = getattr(row, name)
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def make_batches(rows, minibatch_rows, seed) -> list[list[Row]]:
+    """Rows -> mini-batches, shuffled: RL and internalization rows together, so both act in every
+    step. How many and which RL rows each has follows from the RL rows alone: runs with and without
+    internalization take the same steps.
+    """
+    rl = [row for row in rows if row.gate is None]
+    internal = [row for row in rows if row.gate is not None]
+    count = max(1, round(len(rl) / minibatch_rows))
+    batches = [[] for _ in range(count)]
+    for kind in (rl, internal):
+        shuffled = random.Random(seed).sample(kind, len(kind))
+        for n, batch in enumerate(batches):
+            batch += shuffled[n * len(kind) // count : (n + 1) * len(kind) // count]
+    for batch in batches:
+        for i, row in enumerate(sorted(batch, key=len)):
+            row.rank = i % parallel.world_size()
+    return batches
+
+
+NOTHING = Row([0], [0], gate=[False])  # a row that trains nothing
+
+
+def micro_batches(rows, max_tokens) -> list[list[Row]]:
+    """This process's rows sorted by length and cut so that rows x longest row <= `max_tokens`, or
+    one row. All processes get equally many, since they pass the model together; NOTHING fills up.
+    """
+    lists = [[] for _ in range(parallel.world_size())]
+    for row in sorted(rows, key=len):
+        batches = lists[row.rank]
+        if not batches or (len(batches[-1]) + 1) * len(row) > max_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    own = lists[parallel.rank()]
+    return own + [[NOTHING]] * (max(map(len, lists)) - len(own))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -427,184 +496,178 @@ def find_action_tokens(tokenizer, response_ids) -> list:
 # --------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def score_rows(model, rows, name, config, pad_id):
-    """Set row.<name> of this process's rows to the log-probs of the response under `model`, by the
-    training forward.
+def token_logprobs(model, ids, response_mask, temperature=1.0, entropy=True):
+    """Log-probs of the response tokens, and entropies there -> two [B, L], 0 outside the mask.
+
+    logits[:, t] predict ids[:, t + 1], so the log-prob of token t comes from position t - 1. Only
+    the N positions that predict a response token of their own row get logits: `lm_head.forward` is
+    replaced for this pass, inside the model's own forward, where FSDP has the weights together. No
+    more than `chunk` rows of V logits are held at once; the backward pass makes them again.
+    `entropy` False saves that part (zeros come back).
     """
-    for batch in micro_batches(rows, config.micro_tokens):
-        t = collate(batch, pad_id, model.device)
-        logprobs, _ = token_logprobs(
-            model, t["ids"], t["response_mask"], config.temperature, entropy=False
-        )
-        for row, values in zip(batch, logprobs.cpu(), strict=True):
-            setattr(row, name, values[len(row.prompt_ids) : len(row)].clone())
-    parallel.split(model)  # no backward pass does it here
+    targets = ids[response_mask]  # [N]
+    predicts = response_mask.roll(-1, 1)  # [B, L] position t - 1 predicts token t
+    head = model.lm_head
+    chunk = max(1, LOGITS // head.out_features)
+
+    def logprobs_of(hidden, target):  # [n, D], [n] -> [n, 2]: log-prob and entropy
+        logits = torch.nn.Linear.forward(head, hidden)  # [n, V]
+        log_p = (logits.float() / temperature).log_softmax(-1)  # [n, V]
+        picked = log_p.gather(-1, target[:, None])[:, 0]  # [n]
+        spread = -(log_p.exp() * log_p).sum(-1) if entropy else torch.zeros_like(picked)  # [n]
+        return torch.stack([picked, spread], -1)
+
+    def forward(hidden):  # in the place of lm_head: [B, L, D] -> [N, 2] instead of [B, L, V]
+        hidden = hidden[predicts]  # [N, D]
+        if len(targets) <= chunk:
+            return logprobs_of(hidden, targets)
+        parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        return torch.cat([checkpoint(logprobs_of, *part, use_reentrant=False) for part in parts])
+
+    head.forward = forward
+    try:
+        values = model(input_ids=ids, use_cache=False).logits  # [N, 2]
+    finally:
+        del head.forward
+    filled = values.new_zeros(*ids.shape, 2)  # [B, L, 2]
+    filled[response_mask] = values
+    return filled.unbind(-1)
 
 
-def objective(t, logprobs, entropies, rl_tokens, gated_tokens, config, lambda_) -> dict:
+def objective(batch, logprobs, entropies, rl_tokens, gated_tokens, config: Config, lambda_) -> dict:
     """The terms of L = L_GiGPO + beta L_KL - c_H H + lambda L_int (method Eq. 14) -> name:
     (weight, term). Another term is another line.
 
-    t             a micro-batch from `collate`; an RL row and an internalization row share no term;
-                  t["internalized"] are the log-probs that L_int raises
+    batch         a micro-batch from `collate`; an RL row and an internalization row share no term
     rl_tokens     response tokens of the RL rows of the whole mini-batch
     gated_tokens  gated tokens of its internalization rows
     """
-    rl_mask = t["response_mask"] & ~t["internalize"][:, None]  # [B, L]
-    policy = clipped_policy_loss(
+    rl_mask = batch["rl_mask"]  # [B, L]
+    policy_loss = clipped_policy_loss(
         logprobs,
-        t["old_logprobs"],
-        t["advantages"][:, None],
+        batch["old_logprobs"],
+        batch["advantages"][:, None],
         rl_mask,
         clip=config.clip,
-        dual_clip=config.dual_clip,
         tokens=rl_tokens,
     )
-    internalization = internalization_loss(
-        t["internalized"],
-        t["advantages"],
-        t["delta"],
-        t["internalize"],
-        t["action_mask"],
-        clip=config.advantage_clip,
-        tokens=gated_tokens,
-    )
     entropy = token_mean(entropies, rl_mask, rl_tokens)
+    internal = internalization_loss(logprobs, batch["weights"], batch["gate"], tokens=gated_tokens)
     terms = {
-        "policy": (1 - lambda_ if config.hand_off else 1.0, policy),
+        "policy": (1.0, policy_loss),
         "entropy": (-config.entropy_coef, entropy),
-        "internalization": (lambda_, internalization),
+        "internalization": (lambda_, internal),
     }
     if config.kl_coef:
-        kl = k3_kl(logprobs, t["ref_logprobs"], rl_mask, tokens=rl_tokens)
+        kl = k3_kl(logprobs, batch["ref_logprobs"], rl_mask, tokens=rl_tokens)
         terms["kl"] = (config.kl_coef, kl)
     return terms
 
 
-def backward(model, rows, config, lambda_, pad_id) -> dict:
+def backward(policy: Policy, rows, config: Config, lambda_) -> dict[str, float]:
     """Accumulate the gradient of the objective over one mini-batch of rows -> terms of the loss.
 
     Internalization rows of weight 0 count among the gated tokens, but need no forward pass.
     """
-    rl_tokens = sum(len(row.response_ids) for row in rows if not row.internalize)
-    gated_tokens = sum(sum(row.action_mask) for row in rows if row.internalize and row.delta > 0)
-    weighted = [row for row in rows if not row.internalize or lambda_ * row.advantage > 0]
+    model = policy.model
+    rl_tokens = sum(len(row.response_ids) for row in rows if row.gate is None)
+    gated_tokens = sum(sum(row.gate) for row in rows if row.gate is not None)
     logged = Counter()
-    for batch in micro_batches(weighted, config.micro_tokens):
-        t = collate(batch, pad_id, model.device)
-        responses = t["response_mask"]
-        logprobs, entropies = token_logprobs(model, t["ids"], responses, config.temperature)
-        t["internalized"] = logprobs  # [B, L]
-        if config.internalize_loss == "kl" and lambda_:
-            t["internalized"] = expected_logprobs(model, batch, t, config.temperature, pad_id)
-        terms = objective(t, logprobs, entropies, rl_tokens, gated_tokens, config, lambda_)
+    for micro in micro_batches([r for r in rows if teaches(r, lambda_)], config.micro_tokens):
+        batch = collate(micro, policy.tokenizer.pad_token_id or 0, model.device)
+        logprobs, entropies = token_logprobs(
+            model, batch["ids"], batch["response_mask"], config.temperature
+        )
+        terms = objective(batch, logprobs, entropies, rl_tokens, gated_tokens, config, lambda_)
         loss = sum(weight * term for weight, term in terms.values())
         parallel.backward(loss)
 
         with torch.no_grad():
             values = {name: term for name, (_, term) in terms.items()} | {"loss": loss}
-            rl_mask = responses & ~t["internalize"][:, None]  # [B, L]
-            log_ratio = logprobs - t["old_logprobs"]  # [B, L]
+            log_ratio = logprobs - batch["old_logprobs"]  # [B, L]
             outside = (log_ratio.exp() - 1).abs() > config.clip
-            values["clipped"] = token_mean(outside, rl_mask, rl_tokens)
-            values["log_ratio"] = token_mean(log_ratio.abs(), rl_mask, rl_tokens)
+            values["clipped"] = token_mean(outside, batch["rl_mask"], rl_tokens)
+            values["log_ratio"] = token_mean(log_ratio.abs(), batch["rl_mask"], rl_tokens)
             logged.update({name: float(value) for name, value in values.items()})
-    return parallel.total(logged)
+    return parallel.all_reduce(logged)
 
 
-def score(policy, rows, config):
-    """Fill in old_logprobs and ref_logprobs of the RL rows, before the policy moves."""
-    model = policy.model
-    pad_id = policy.tokenizer.pad_token_id or 0
+def teaches(row: Row, lambda_) -> bool:
+    """Whether a row has a gradient at all."""
+    return row.gate is None or lambda_ * row.weight > 0
+
+
+@torch.no_grad()
+def fill_logprobs(policy: Policy, rows, config: Config):
+    """Old and reference log-probs of the RL rows, before the policy moves."""
     for row in rows:
         row.old_logprobs = torch.tensor(row.rollout_logprobs)
-    if config.recompute_old:
-        score_rows(model, rows, "old_logprobs", config, pad_id)
+    models = {"old_logprobs": policy.model} if config.recompute_old else {}
     if policy.reference is not None:
-        policy.reference.to(model.device)  # from the host with --ref_offload, else it is there
-        score_rows(policy.reference, rows, "ref_logprobs", config, pad_id)
-        if config.ref_offload:
-            policy.reference.to("cpu")
+        models["ref_logprobs"] = policy.reference.to(policy.model.device)  # --offload: from host
+    for name, model in models.items():
+        for micro in micro_batches(rows, config.micro_tokens):
+            batch = collate(micro, policy.tokenizer.pad_token_id or 0, model.device)
+            logprobs, _ = token_logprobs(
+                model, batch["ids"], batch["response_mask"], config.temperature, entropy=False
+            )
+            for row, values in zip(micro, logprobs.cpu(), strict=True):
+                setattr(row, name, values[len(row.prompt_ids) : len(row)].clone())
+        parallel.reshard(model)  # no backward pass does it here
+    if config.offload and policy.reference is not None:
+        policy.reference.to("cpu")
 
 
-def compare_gradients(model, batch, config, lambda_, pad_id) -> dict:
-    """Norms of the gradients of L_GiGPO + beta L_KL - c_H H and of lambda L_int on a mini-batch,
-    and their cosine. Leaves no gradient behind.
-    """
-    gradients = []
-    for kind in (False, True):
-        backward(model, [row for row in batch if row.internalize == kind], config, lambda_, pad_id)
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-        model.zero_grad(set_to_none=True)
-    products = {}
-    for name, i, j in (("rl", 0, 0), ("internalization", 1, 1), ("both", 0, 1)):
-        pairs = zip(gradients[i], gradients[j], strict=True)
-        products[name] = sum(float(parallel.join((a.float() * b.float()).sum())) for a, b in pairs)
-    norm_rl = products["rl"] ** 0.5
-    norm_internalization = products["internalization"] ** 0.5
-    cosine = products["both"] / max(1e-20, norm_rl * norm_internalization)
-    return {
-        "grad_norm_rl": norm_rl,
-        "grad_norm_internalization": norm_internalization,
-        "grad_cosine": cosine,
-    }
+def logprob_gap(rows) -> float:
+    """Mean |log-prob of the trainer - of the sampler| over the response tokens of RL rows."""
+    own = [row for row in rows if row.rank == parallel.rank()]
+    gaps = [(row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs() for row in own]
+    return torch.cat(gaps).mean().item() if gaps else 0.0
 
 
-def update(policy, rows, config, seed, *, lambda_=0.0) -> dict:
+def optimizer_step(policy: Policy, rows, config: Config, lambda_) -> dict[str, float] | None:
+    """One step on a mini-batch -> the terms of its loss; None where it was not finite: no step."""
+    log = backward(policy, rows, config, lambda_)
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), GRAD_CLIP)
+    log["grad_norm"] = float(parallel.full_tensors(norm))
+    finite = guard.is_finite(policy, rows, log, config)
+    if finite:
+        policy.steps += 1
+        policy.optimizer.step()
+    policy.optimizer.zero_grad(set_to_none=True)  # no memory for gradients in the next rollout
+    return log if finite else None
+
+
+def update(policy: Policy, rows, config: Config, seed, *, lambda_=0.0) -> dict[str, float]:
     """One pass over the rows, an optimizer step per `minibatch_rows` RL rows -> metrics.
 
     Old log-probs are recomputed with the training forward, so ratios start at 1, or taken from the
     sampler (--recompute_old false); how far the two are apart is logged as `logprob_gap`.
     """
-    if not any(not row.internalize or lambda_ * row.advantage > 0 for row in rows):
-        return {"rows": 0, "internalization_rows": len(rows), "optimizer_steps": 0}
-    model = policy.model
-    pad_id = policy.tokenizer.pad_token_id or 0
+    rl = [row for row in rows if row.gate is None]
+    metrics = {"rows": len(rl), "internalization_rows": len(rows) - len(rl), "optimizer_steps": 0}
+    if not any(teaches(row, lambda_) for row in rows):
+        return metrics
     start = time.time()
-    batches = make_batches(rows, config, seed)
-    rl = [row for row in rows if not row.internalize]
-    score(policy, rl, config)
-    extra = {"score_seconds": time.time() - start}
+    batches = make_batches(rows, config.minibatch_rows, seed)
+    fill_logprobs(policy, rl, config)
+    metrics["score_seconds"] = time.time() - start
 
-    model.train()  # gradient checkpointing works in train mode only; these models have no dropout
-    if config.compare_gradients and lambda_ and len(rl) < len(rows):
-        extra |= compare_gradients(model, batches[0], config, lambda_, pad_id)
+    policy.model.train()  # gradient checkpointing works in train mode only
     logs = []
-    bar = tqdm(total=len(rows), desc="update", unit="row", leave=False, disable=parallel.rank() > 0)
-    for batch in batches:
-        log = backward(model, batch, config, lambda_, pad_id)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        norm = float(parallel.join(norm))
-        if guard.is_finite(log, norm):
-            policy.moved = True
-            policy.refused = 0
-            policy.optimizer.step()
-            logs.append(log | {"grad_norm": norm})
-        else:
-            guard.refuse(policy, batch, log, norm, config)
-        policy.optimizer.zero_grad(set_to_none=True)  # no memory for gradients in the next rollout
-        bar.update(len(batch))
-        bar.set_postfix(loss=f"{log['loss']:.3f}")
-    model.eval()
-    bar.close()
-    means = {}
+    quiet = parallel.rank() > 0
+    for batch in tqdm(batches, desc="update", unit="step", leave=False, disable=quiet):
+        log = optimizer_step(policy, batch, config, lambda_)
+        logs += [log] if log else []
+    policy.model.eval()
+
     if logs:
-        means = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
-        means["logprob_gap"] = logs[0]["log_ratio"]  # of the first step: nothing has moved yet
+        metrics |= {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
+        metrics["logprob_gap"] = logs[0]["log_ratio"]  # of the first step: nothing has moved yet
     if config.recompute_old:
-        own = [row for row in rl if row.rank == parallel.rank()]
-        gaps = [(row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs() for row in own]
-        means["logprob_gap"] = torch.cat(gaps).mean().item() if gaps else 0.0
-    return (
-        means
-        | extra
-        | {
-            "rows": len(rl),
-            "internalization_rows": len(rows) - len(rl),
-            "optimizer_steps": len(logs),
-            "refused_steps": len(batches) - len(logs),
-            "update_seconds": time.time() - start,
-            "update_tokens_per_s": sum(map(len, rows)) / (time.time() - start),
-        }
-    )
+        metrics["logprob_gap"] = logprob_gap(rl)
+    metrics["optimizer_steps"] = len(logs)
+    metrics["refused_steps"] = len(batches) - len(logs)
+    metrics["update_seconds"] = time.time() - start
+    metrics["update_tokens_per_s"] = sum(map(len, rows)) / metrics["update_seconds"]
+    return metrics

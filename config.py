@@ -3,143 +3,203 @@
     python warmup.py --help                    # this file, as flags
     python warmup.py --preset alfworld-7b      # a preset, which any flag overrides
 
-Also what every other file may need and that belongs to none: `UserError` and reading and writing
+A flag is one field below: its default, what it means, its limits, and when it may change. Also here
+is what every other file may need and that belongs to none: `UserError`, and reading and writing
 small files. Nothing of this project is imported here.
 """
 
-import difflib
 import json
+import operator
 import os
-import re
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+LIMITS = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
 
-def flag(default, help):
-    return field(default=default, metadata={"help": help})
+
+def flag(default, help, *, fixed=False, free=False, choices=(), group="", **limits):
+    """A field that is a flag. By default a phase may have another value than the phase before, but
+    is not resumed with another.
+
+    fixed     alike in all phases of a run
+    free      may change at any time: it changes no result, or extends it, or leaves what fitted
+    choices   the values it may have; of a list, each of its members
+    group     opens a group of --help, which goes on until the next one
+    limits    of LIMITS: at_least=1, above=0, ...
+    """
+    metadata = {"help": help, "fixed": fixed, "free": free, "choices": choices}
+    metadata |= {"group": group, "limits": limits}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+PHASES = ("warmup", "mine", "distill")
+ABLATIONS = (  # what --without can take away; `grep without` finds the line of each
+    "skills",  # no skill half: GiGPO goes on
+    "warmup",  # phase 1 starts from the initial policy
+    "validation",  # a skill is active as soon as it is written
+    "gate",  # episodes are distilled whatever Delta_g is
+    "weight",  # w = 1
+    "internalization",  # no L_int
+    "action_mask",  # L_int on the whole response
+)
 
 
 @dataclass
 class Config:
     """Defaults are the 7B numbers of the GiGPO paper and code; a preset, then a flag, overrides."""
 
-    preset: str = flag("tiny", "start from: tiny[-alfworld], smollm2, {alfworld,webshop}-{7b,1.5b}")
-    run: str = flag("tiny", "name of the run; everything is written under runs/<run>/")
-    seed: int = flag(0, "seed of tasks, sampling and shuffling")
-    # the world
-    env: str = flag("alfworld", "the world: alfworld or webshop")
-    engine: str = flag("fast", "fast: plain Python; textworld: the stock package (50 ms a step)")
-    trust_games: bool = flag(
-        False, "with --engine textworld: play games with a foreign grammar, whose code then runs"
+    preset: str = flag(
+        "tiny",
+        "start from tiny[-household,-alfworld], smollm2, {alfworld,webshop}-{7b,1.5b}",
+        fixed=True,
+        group="the run",
     )
-    data: str = flag("", "data folder; empty: $ALFWORLD_DATA (~/.cache/alfworld) or $WEBSHOP_DATA")
-    split: str = flag("train", "split the tasks are drawn from")
-    human_goals: bool = flag(False, "WebShop: goals written by people instead of synthetic ones")
-    split_rule: str = flag("product", "WebShop: product (none in both splits) or verl (first 500)")
-    max_steps: int = flag(50, "an episode ends, unsolved, after this many steps")
-    history: int = flag(2, "how many past (observation, action) pairs the prompt repeats")
-    # the policy
-    model: str = flag("Qwen/Qwen2.5-7B-Instruct", "initial policy: a folder or a hub name")
-    dtype: str = flag("bfloat16", "dtype of the weights: float32 or bfloat16")
-    device: str = flag("", "cuda or cpu; empty: cuda when there is one")
-    gradient_checkpointing: bool = flag(True, "recompute activations in backward to save memory")
-    compile: bool = flag(
-        False, "compile the layers of the update: faster, needs a C++ compiler on a CPU"
-    )
+    run: str = flag("tiny", "its name; everything is written under runs/<run>/", free=True)
+    seed: int = flag(0, "of tasks, sampling and shuffling", fixed=True, at_least=0, below=2**32)
     fork: str = flag("", "mine.py, distill.py: start from this other run's phase before")
-    # rollout
-    tasks: int = flag(16, "tasks (groups) per iteration")
-    group_size: int = flag(8, "episodes per task")
-    temperature: float = flag(1.0, "sampling temperature of training rollouts")
-    max_prompt_tokens: int = flag(3072, "longest prompt; history is dropped to fit, then an error")
-    max_response_tokens: int = flag(512, "longest response")
-    generation_rows: int = flag(128, "rows decoded together")
-    # credit: GiGPO
-    success_reward: float = flag(10.0, "reward of the step that solves the task; others get 0")
-    invalid_penalty: float = flag(0.1, "taken off the row of a malformed response")
-    gamma: float = flag(0.95, "discount of the step returns")
-    step_weight: float = flag(1.0, "weight of the step advantage; 0 is GRPO")
+    save_minutes: float = flag(
+        30.0, "minutes between saves; 0: every iteration is saved", free=True, at_least=0
+    )
+    dry_run: bool = flag(
+        False, "print the memory that the run needs, part by part, and stop", free=True
+    )
+
+    env: str = flag("alfworld", "alfworld or webshop", fixed=True, group="the world")
+    engine: str = flag(
+        "fast",
+        "ALFWorld's: fast is plain Python; textworld the stock package, 1,000 times slower; "
+        "textworld-trusted that one for foreign games too, whose code then runs",
+        fixed=True,
+        choices=("fast", "textworld", "textworld-trusted"),
+    )
+    data: str = flag(
+        "", "data folder; empty: $ALFWORLD_DATA (~/.cache/alfworld) or $WEBSHOP_DATA", fixed=True
+    )
+    split: str = flag(
+        "train",
+        "split the tasks are drawn from; WebShop: train:human for goals written by people, "
+        "train:verl for the usual split, which shares products",
+        fixed=True,
+    )
+    max_steps: int = flag(50, "an episode ends, unsolved, after this many steps", at_least=1)
+    history: int = flag(
+        2, "past (observation, action) pairs that a prompt repeats", fixed=True, at_least=0
+    )
+
+    model: str = flag(
+        "Qwen/Qwen2.5-7B-Instruct",
+        "initial policy: a folder or a hub name",
+        fixed=True,
+        group="the policy",
+    )
+    dtype: str = flag("bfloat16", "of the weights", fixed=True, choices=("float32", "bfloat16"))
+    device: str = flag("", "cuda or cpu; empty: cuda when there is one", free=True)
+    gradient_checkpointing: bool = flag(
+        True, "recompute activations in backward to save memory", free=True
+    )
+    offload: bool = flag(
+        False,
+        "reference and optimizer state in host memory while they are not used (one GPU)",
+        free=True,
+    )
+
+    tasks: int = flag(16, "tasks (groups) per iteration", at_least=1, group="rollout")
+    group_size: int = flag(8, "episodes per task", at_least=1)
+    temperature: float = flag(1.0, "sampling temperature of training rollouts", above=0)
+    max_prompt_tokens: int = flag(
+        3072, "longest prompt; history is dropped to fit, then an error", free=True, at_least=1
+    )
+    max_response_tokens: int = flag(512, "longest response", at_least=1)
+    generation_rows: int = flag(128, "rows decoded together", free=True, at_least=1)
+
+    invalid_penalty: float = flag(
+        0.1, "taken off the row of a malformed response", at_least=0, group="credit: GiGPO"
+    )
+    gamma: float = flag(0.95, "discount of the step returns", at_least=0, at_most=1)
+    step_weight: float = flag(1.0, "w_S, weight of the step advantage; 0 is GRPO", at_least=0)
     normalize_std: bool = flag(True, "divide advantages by the standard deviation")
-    baseline: str = flag("steps", "mean and std over steps (verl-agent) or episodes (GiGPO Eq. 3)")
-    # objective and optimizer
-    clip: float = flag(0.2, "PPO clip range of the ratio")
-    dual_clip: float = flag(3.0, "bound of the loss where the advantage is negative")
-    kl_coef: float = flag(0.01, "beta of the k3 KL to the initial policy; 0: it is never loaded")
-    entropy_coef: float = flag(0.001, "weight of the entropy bonus")
-    lr: float = flag(1e-6, "AdamW learning rate, constant")
-    beta2: float = flag(0.95, "AdamW's second decay; bfloat16 moments get stuck above 0.99")
-    weight_decay: float = flag(0.01, "AdamW weight decay")
-    grad_clip: float = flag(1.0, "largest norm of the gradient")
-    minibatch_rows: int = flag(256, "rows per optimizer step")
-    micro_tokens: int = flag(16384, "tokens per forward-backward; lower it when memory runs out")
+    baseline: str = flag(
+        "steps",
+        "mean and std over steps (verl-agent's code) or episodes (GiGPO Eq. 3)",
+        choices=("steps", "episodes"),
+    )
+
+    clip: float = flag(0.2, "PPO clip range of the ratio", above=0, group="objective")
+    kl_coef: float = flag(
+        0.01, "beta of the k3 KL to the initial policy; 0: it is never loaded", at_least=0
+    )
+    entropy_coef: float = flag(0.001, "c_H, weight of the entropy bonus", at_least=0)
+    lr: float = flag(1e-6, "AdamW learning rate, constant", at_least=0)
+    minibatch_rows: int = flag(256, "rows per optimizer step", at_least=1)
+    micro_tokens: int = flag(
+        16384, "tokens per forward-backward; lower it when memory runs out", free=True, at_least=1
+    )
     recompute_old: bool = flag(
         True, "old log-probs by the training forward; false: the sampler's, the same in float32"
     )
-    ref_offload: bool = flag(False, "keep the reference in host memory between its passes")
-    optimizer_offload: bool = flag(
-        False, "keep the optimizer's state in host memory, on the card one parameter at a time"
+
+    n_req: int = flag(
+        512,
+        "N_req: successful plain episodes to collect before mining starts",
+        free=True,
+        at_least=0,
+        group="phase 0: warmup.py",
     )
-    skip_zero_rows: bool = flag(True, "leave out rows with advantage 0, which only carry KL")
-    # phase 0
-    n_req: int = flag(512, "N_req: successful plain episodes to collect before mining starts")
-    warmup_iterations: int = flag(40, "phase 0 ends after this many iterations even below n_req")
-    # phases 1 and 2
-    skill_share: float = flag(
-        0.5, "share of each group that carries skills; 0: GiGPO goes on from the same warm-up"
-    )
-    # phase 1
-    mine_iterations: int = flag(40, "iterations of phase 1")
-    mine_every: int = flag(5, "I_mine: iterations between two rounds of mining")
-    mine_episodes: int = flag(12, "successful episodes summarized in one round")
-    mine_obs_chars: int = flag(200, "observations in the summary prompt are cut to this length")
-    miner: str = flag(
-        "",
-        "who writes the skills; empty: the policy; a model folder or hub name; or the URL of an "
-        "OpenAI-compatible endpoint, http://host:8000/v1",
-    )
-    miner_model: str = flag("", "name of the model that the endpoint is asked for")
-    miner_timeout: float = flag(60.0, "seconds to wait for an answer of the endpoint")
-    top_k: int = flag(3, "skills in a prompt, at most; at most one of them a candidate")
-    candidate_alone: bool = flag(
-        True, "a candidate has the prompt to itself, so Delta_g is its own; false: beside others"
-    )
-    ema: float = flag(0.3, "alpha of u <- (1 - alpha) u + alpha Delta_g")
-    n_eval: int = flag(4, "N_eval: evaluations before a skill is promoted or retired")
-    active_above: float = flag(0.05, "a candidate with a utility above this becomes active")
-    # phase 2
-    distill_iterations: int = flag(85, "iterations of phase 2")
-    lambda_max: float = flag(0.1, "largest weight of the internalization loss; 0 switches it off")
-    lambda_iterations: int = flag(10, "iterations over which lambda rises linearly to lambda_max")
-    advantage_clip: float = flag(1.0, "c: internalization weights are clipped to [0, c]")
-    # ablations of phases 1 and 2
-    arm_baselines: bool = flag(False, "each arm of a group is a GiGPO group of its own")
-    validate: bool = flag(True, "false: every skill is active as soon as it is written")
-    given_skills: str = flag("", "skills.jsonl with skills to begin with, all active (mine.py)")
-    placebo: bool = flag(False, "prompts show neutral words, as many as the skill's strategy has")
-    internalize_loss: str = flag(
-        "nll",
-        "nll: of the response given under the skill; kl: from the policy's distribution under it",
-    )
-    internalize_tokens: str = flag("action", "tokens of L_int: action, or response (thoughts too)")
-    internalize_gate: str = flag("delta", "delta: where Delta_g > 0; none: every skilled episode")
-    internalize_weight: str = flag("advantage", "advantage: w = clip(A, 0, c); one: w = 1")
-    hand_off: bool = flag(
-        False, "lambda falls from 1 to 0 over lambda_iterations, and L_GiGPO weighs 1 - lambda"
-    )
-    # housekeeping
-    save_every: int = flag(5, "iterations between saves; a stopped phase goes on from the last")
-    save_minutes: float = flag(30.0, "minutes after which the end of an iteration is saved anyway")
-    dry_run: bool = flag(False, "print the memory that the run needs, part by part, and stop")
-    samples: int = flag(2, "episodes written out readably in each iteration")
-    compare_gradients: bool = flag(
-        False, "log norms and cosine of the gradients of L_int and of the rest, once an iteration"
+    warmup_iterations: int = flag(
+        40, "phase 0 ends after this many iterations even below n_req", free=True, at_least=1
     )
 
-    @property
-    def played_by(self) -> str:
-        """The engine as `envs.make_env` takes it."""
-        return "textworld-trusted" if self.trust_games else self.engine
+    mine_iterations: int = flag(
+        40, "iterations of phase 1", free=True, at_least=1, group="phase 1: mine.py"
+    )
+    mine_every: int = flag(5, "I_mine: iterations between two rounds of mining", at_least=1)
+    mine_episodes: int = flag(12, "successful episodes summarized in one round", at_least=0)
+    mine_obs_chars: int = flag(
+        200, "observations in the request for a skill are cut to this length", at_least=1
+    )
+    miner: str = flag(
+        "",
+        "who writes the skills; empty: the policy; a model folder or hub name; or an "
+        "OpenAI-compatible endpoint with its model, http://host:8000/v1#model",
+        free=True,
+    )
+    top_k: int = flag(3, "active skills in a prompt, at most", at_least=1)
+    ema: float = flag(0.3, "alpha of u <- (1 - alpha) u + alpha Delta_g", at_least=0, at_most=1)
+    n_eval: int = flag(4, "N_eval: evaluations before a skill is promoted or retired", at_least=0)
+    active_above: float = flag(
+        0.05, "a candidate with a utility above this becomes active", at_least=-1, at_most=1
+    )
+
+    distill_iterations: int = flag(
+        85, "iterations of phase 2", free=True, at_least=1, group="phase 2: distill.py"
+    )
+    lambda_max: float = flag(0.1, "largest weight of the internalization loss", above=0)
+    lambda_iterations: int = flag(
+        10, "K_warm: iterations over which lambda rises linearly to lambda_max", at_least=1
+    )
+    advantage_clip: float = flag(
+        1.0, "c: internalization weights are clipped to [0, c]", at_least=0
+    )
+
+    without: list[str] = flag(
+        [],
+        f"the paper's ablations, joined by commas: {', '.join(ABLATIONS)}",
+        choices=ABLATIONS,
+        group="ablations",
+    )
+    show: str = flag(
+        "skill",
+        "what the prompt of the skill half shows: skill; nothing (self-imitation); neutral words, "
+        "as many as the strategy has; other, a skill of another task type",
+        choices=("skill", "nothing", "neutral", "other"),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,16 +214,15 @@ WEBSHOP = {  # GiGPO's WebShop script, where it differs from its ALFWorld script
     "minibatch_rows": 64,  # short episodes make few rows: 11 to 23 optimizer steps an iteration
     "normalize_std": False,  # the mean alone, so advantages keep the reward's scale of 10
 }
-TINY = {  # the embedded default: 0.7M parameters, an iteration of 128 episodes in 18 s on 2 cores
-    "dtype": "float32",  # it is small, and exact
-    "gradient_checkpointing": False,  # its activations fit anywhere
+TINY = {  # policies of 0.7M parameters: an iteration takes 10 to 20 s on 2 cores
+    "dtype": "float32",  # they are small, and exact
+    "gradient_checkpointing": False,  # their activations fit anywhere
     "max_prompt_tokens": 1024,  # prompts of the generated worlds have about 230 tokens
     "max_response_tokens": 64,  # a thought of six words, an action; a skill has at most 50 tokens
     "lr": 3e-4,  # a small network moves in large steps; above 5e-4 phase 2 undid phase 1
     "kl_coef": 0.003,  # at 0.01 the success of the plain prompt stopped at 0.6
     "micro_tokens": 2048,  # fits the caches of a CPU
     "recompute_old": False,  # equal in float32, and a quarter of the update
-    "beta2": 0.999,  # float32 moments do not get stuck
     "ema": 0.2,  # slower than 0.3: with 4 against 4 episodes Delta_g is mostly noise
     "n_req": 220,  # leaves phases 1 and 2 something to learn
     "warmup_iterations": 8,
@@ -173,26 +232,14 @@ TINY = {  # the embedded default: 0.7M parameters, an iteration of 128 episodes 
     "mine_obs_chars": 60,  # what its lessons in summarizing showed
     "distill_iterations": 12,  # the skills have done what they can, most are retired by then
     "lambda_iterations": 4,
-}
-BUILT = {  # models that a command writes; each script knows them by these names
-    "smollm2": "runs/smollm2-base"  # make smollm2
+    "save_minutes": 0.0,  # a save takes a tenth of a second
 }
 PRESETS = {
-    "alfworld-7b": {"run": "alfworld-7b"},
-    "alfworld-1.5b": {"run": "alfworld-1.5b"} | SMALL_MODEL,
-    "webshop-7b": {"run": "webshop-7b"} | WEBSHOP,
-    "webshop-1.5b": {"run": "webshop-1.5b"} | SMALL_MODEL | WEBSHOP,
-    "tiny": TINY
+    "tiny": TINY  # the run that the README shows: the embedded shop
     | {
-        "model": "tiny",
-        "data": "runs/tiny-games",
-        "max_steps": 14,  # twice the length of a solution
-    },
-    "tiny-webshop": TINY  # also what `--preset tiny --env webshop` means
-    | {
-        "run": "tiny-webshop",
+        "run": "tiny",
         "env": "webshop",
-        "model": "tiny-webshop",
+        "model": "tiny",
         "data": "runs/tiny-shop-3",  # three options in every task; -1 to -5, and none: one or two
         "max_steps": 10,  # search, open, three options, buy, and four to spare
         "history": 1,  # pages are long for a small policy
@@ -203,6 +250,13 @@ PRESETS = {
         "n_req": 12,  # as soon as there is something to summarize
         "mine_iterations": 6,  # until skills have had their n_eval evaluations
         "distill_iterations": 6,
+    },
+    "tiny-household": TINY  # small generated ALFWorld games
+    | {
+        "run": "tiny-household",
+        "model": "tiny-household",
+        "data": "runs/tiny-games",
+        "max_steps": 14,  # twice the length of a solution
     },
     "tiny-alfworld": TINY  # the same small policy, taught on the real training games, plays those
     | {
@@ -240,238 +294,42 @@ PRESETS = {
         "mine_obs_chars": 60,  # as its lessons in summarizing
         "distill_iterations": 3,
         "lambda_iterations": 2,
-        "save_every": 1,  # iterations of 3 to 8 minutes, saves of seconds
+        "save_minutes": 0.0,  # iterations of 3 to 8 minutes, saves of seconds
     },
+    "alfworld-7b": {"run": "alfworld-7b"},
+    "alfworld-1.5b": {"run": "alfworld-1.5b"} | SMALL_MODEL,
+    "webshop-7b": {"run": "webshop-7b"} | WEBSHOP,
+    "webshop-1.5b": {"run": "webshop-1.5b"} | SMALL_MODEL | WEBSHOP,
 }
-SAME = (  # must be alike in all phases of a run
-    "preset",
-    "env",
-    "engine",
-    "trust_games",
-    "data",
-    "human_goals",
-    "split_rule",
-    "model",
-    "dtype",
-    "seed",
-    "history",
-)
-FREE = (  # may change when a phase is resumed: they change no result, extend it, or, like
-    # max_prompt_tokens, leave what fitted as it was
-    "run",
-    "device",
-    "micro_tokens",
-    "generation_rows",
-    "gradient_checkpointing",
-    "compile",
-    "ref_offload",
-    "optimizer_offload",
-    "max_prompt_tokens",
-    "miner",
-    "miner_model",
-    "miner_timeout",
-    "save_every",
-    "save_minutes",
-    "samples",
-    "compare_gradients",
-    "dry_run",
-    "n_req",
-    "warmup_iterations",
-    "mine_iterations",
-    "distill_iterations",
-)
-AT_LEAST_ONE = (
-    "max_steps",
-    "tasks",
-    "group_size",
-    "max_prompt_tokens",
-    "max_response_tokens",
-    "generation_rows",
-    "minibatch_rows",
-    "micro_tokens",
-    "warmup_iterations",
-    "mine_iterations",
-    "mine_every",
-    "top_k",
-    "distill_iterations",
-    "lambda_iterations",
-    "save_every",
-)
-NOT_NEGATIVE = (
-    "history",
-    "invalid_penalty",
-    "step_weight",
-    "kl_coef",
-    "entropy_coef",
-    "lr",
-    "weight_decay",
-    "n_req",
-    "mine_episodes",
-    "n_eval",
-    "lambda_max",
-    "advantage_clip",
-    "samples",
-)
 
 
-PHASES = ("warmup", "mine", "distill")
-CHOICES = {
-    "engine": ("fast", "textworld"),
-    "baseline": ("steps", "episodes"),
-    "internalize_tokens": ("action", "response"),
-    "internalize_gate": ("delta", "none"),
-    "internalize_weight": ("advantage", "one"),
-    "internalize_loss": ("nll", "kl"),
-}
+def check(flags):
+    """UserError for a value that its declaration does not allow."""
+    for f in fields(flags):
+        value = getattr(flags, f.name)
+        choices = f.metadata["choices"]
+        if choices and not set(value if isinstance(value, list) else [value]) <= set(choices):
+            shown = ",".join(map(str, value)) if isinstance(value, list) else value
+            raise UserError(f"--{f.name} {shown}: must be {' or '.join(map(str, choices))}")
+        limits = f.metadata["limits"]
+        if not all(LIMITS[name](value, limit) for name, limit in limits.items()):
+            words = " and ".join(f"{name.replace('_', ' ')} {x}" for name, x in limits.items())
+            raise UserError(f"--{f.name} {value}: must be {words}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors and small files
+# --------------------------------------------------------------------------------------------------
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: scripts print its one line, with the remedy, and exit with 2."""
-
-
-def parse_config(phase: str, doc: str, extra=None):
-    """Flags -> Config, or (Config, extra dataclass).
-
-    Precedence: flag, the run's config.json (for the phases after warmup; that of --fork where the
-    run has none yet), preset, default. UserError for an unknown flag, preset or value, or a value
-    of SAME that the run was not made with.
-    """
-    from transformers import HfArgumentParser  # here: the worlds read this file without it
-
-    parts = [Config, extra] if extra else [Config]
-    parser = HfArgumentParser(parts, description=doc.split("\n")[0])
-    parser.error = refuse
-    refuse_unknown_flags(parser)
-    first, _ = parser.parse_known_args()
-    if first.preset not in PRESETS:
-        raise UserError(f"--preset {first.preset}: choose one of {', '.join(PRESETS)}")
-    shop = (first.preset, first.env) == ("tiny", "webshop")
-    parser.set_defaults(**PRESETS["tiny-webshop" if shop else first.preset])
-    first, _ = parser.parse_known_args()
-    check_name("run", first.run)
-    if first.fork:
-        check_name("fork", first.fork)
-    if first.fork and (phase == "warmup" or first.run == first.fork):
-        raise UserError(f"--fork {first.fork}: for mine.py and distill.py, with another --run")
-    folder = Path("runs") / first.run
-    if first.fork and not (folder / "config.json").exists():
-        folder = Path("runs") / first.fork
-    saved = {} if phase == "warmup" else saved_flags(folder)
-    parser.set_defaults(**saved | {"run": first.run})
-    config, *rest = parser.parse_args_into_dataclasses()
-    for name in SAME:
-        if name in saved and saved[name] != getattr(config, name):
-            raise other_config(folder, name, saved[name], getattr(config, name))
-    check(config)
-    return (config, *rest) if extra else config
-
-
-def check_name(flag_name, run):
-    """UserError for a name that would write outside runs/, or over the embedded data there."""
-    data = ("tiny-games", "tiny-shop", "webshop-cache", "smollm2-base", "smollm2-taught")
-    plain = re.fullmatch(r"[\w.-]+", run, re.ASCII) and run.strip(".")
-    if not plain or re.fullmatch(rf"({'|'.join(data)})(-\d)?", run):
-        taken = ", ".join(data)
-        raise UserError(f"--{flag_name} {run!r}: use letters, digits, . _ and -, and not {taken}")
-
-
-def copies_of_flags(folder) -> list:
-    """The config.json of each save of a run, the first phase first."""
-    saves = [folder / f"{phase}{end}" for phase in PHASES for end in ("", ".old")]
-    return [save / "config.json" for save in saves if (save / "config.json").exists()]
-
-
-def saved_flags(folder) -> dict:
-    """The flags of a run: its config.json, or where that is lost the copy in its first save.
-
-    {} for a run that has not begun. UserError where the two differ, or a flag is unknown or of
-    another type: one of them was damaged, or is of another version.
-    """
-    path = folder / "config.json"
-    copies = copies_of_flags(folder)
-    try:
-        flags = read_json(path)
-    except UserError as error:
-        if not copies and path.exists():
-            raise
-        if not copies:
-            return {}
-        print(f"{error}; the copy {copies[0]} is used")
-        path = copies[0]
-        flags = read_json(path)
-    known = {field.name: field.type for field in fields(Config)}
-    for name, value in flags.items() if isinstance(flags, dict) else ():
-        allowed = (float, int) if known.get(name) is float else known.get(name, ())
-        if not isinstance(value, allowed):
-            raise UserError(f"{path}: no flag {name!r}, or not {value!r}; mend or delete it there")
-    theirs = read_json(copies[0]) if copies else flags
-    for name in SAME:
-        if not isinstance(flags, dict) or flags.get(name) != theirs.get(name):
-            copy = copies[0] if copies else "a config.json"
-            raise UserError(f"{path} and {copy} differ in {name}: copy the right one over it")
-    return flags
-
-
-def refuse(message):
-    """What argparse found wrong, as one line."""
-    raise UserError(f"{message}; see --help")
-
-
-def refuse_unknown_flags(parser):
-    known = {name for action in parser._actions for name in action.option_strings}
-    for word in sys.argv[1:]:
-        name = word.split("=")[0]
-        number = name[1:2].isdigit() or name[1:2] == "."
-        if name.startswith("-") and name not in known and not number:
-            close = difflib.get_close_matches("--" + name.lstrip("-"), known, 1)
-            hint = f"did you mean {close[0]}?" if close else "see --help"
-            raise UserError(f"unknown flag {name}: {hint}")
-
-
-def check(config):
-    """UserError for a value that no run could have."""
-    limits = [
-        ("seed", 0 <= config.seed < 2**32, "0 to 4294967295"),
-        ("temperature", config.temperature > 0, "above 0 in training, or all members are alike"),
-        ("success_reward", config.success_reward > 0, "above 0"),
-        ("clip", config.clip > 0, "above 0"),
-        ("dual_clip", config.dual_clip > 1, "above 1"),
-        ("grad_clip", config.grad_clip > 0, "above 0"),
-        ("skill_share", 0 <= config.skill_share <= 1, "0 to 1"),
-        (
-            "group_size",
-            config.group_size > 1 or config.skill_share in (0, 1),
-            "2 at least, a plain and a skilled member, unless --skill_share is 0 or 1",
-        ),
-        ("active_above", -1 <= config.active_above <= 1, "-1 to 1, as Delta_g"),
-        ("gamma", 0 <= config.gamma <= 1, "0 to 1"),
-        ("ema", 0 <= config.ema <= 1, "0 to 1"),
-        ("beta2", 0 <= config.beta2 < 1, "0 to below 1"),
-    ]
-    if config.trust_games and config.engine != "textworld":
-        raise UserError("--trust_games is for --engine textworld; the fast engine runs no code")
-    limits += [(name, getattr(config, name) >= 1, "1 at least") for name in AT_LEAST_ONE]
-    limits += [(name, getattr(config, name) >= 0, "0 or more") for name in NOT_NEGATIVE]
-    for name, words in CHOICES.items():
-        limits.append((name, getattr(config, name) in words, " or ".join(words)))
-    for name, is_right, limit in limits:
-        if not is_right:
-            raise UserError(f"--{name} {getattr(config, name)}: must be {limit}")
-
-
-def other_config(folder, name, old, new) -> UserError:
-    remedy = "repeat that value, choose another --run, or delete the folder (and its .old)"
-    return UserError(f"{folder} was made with --{name} {old}, not {new}; {remedy}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Small files
-# --------------------------------------------------------------------------------------------------
+    """A mistake the user can fix: scripts print its one line, with the remedy, and exit with 2."""
 
 
 def read_json(path):
+    """The content of a JSON file. UserError where there is none, or it is not JSON."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:  # also bytes that are no text
@@ -479,24 +337,32 @@ def read_json(path):
         raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from None
 
 
-def read_jsonl(path) -> list:
+def read_jsonl(path) -> list[dict]:
     """The records of a file with a JSON object on each line. UserError for a line that is none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error})") from None
     records = []
-    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            remedy = "mend or delete that line"
-            raise UserError(f"{path}, line {number}: not a JSON object; {remedy}")
-        records.append(record)
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict):
+                remedy = "fix or delete that line"
+                raise UserError(f"{path}, line {number}: not a JSON object; {remedy}")
+            records.append(record)
     return records
 
 
 def write_atomically(path, text):
+    """Write a text file whole, or leave it as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)

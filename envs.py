@@ -21,6 +21,10 @@ WORLDS = {  # --env: the file that plays it
     "alfworld": "worlds.alfworld",
     "webshop": "worlds.webshop",
 }
+EMBEDDED = {  # data folder that is made where it is missing: the file that makes it
+    "runs/tiny-games": "worlds.household",
+    "runs/tiny-shop": "worlds.shop",
+} | {f"runs/tiny-shop-{n}": "worlds.shop" for n in range(1, 6)}
 
 
 def world(name: str):
@@ -44,7 +48,7 @@ def make_env(name: str, item, engine: str = "fast"):
     return world(name).open_item(item, engine)
 
 
-def data_root(name, data=None) -> Path:
+def data_root(name: str, data=None) -> Path:
     """The data folder: `data`, else $ALFWORLD_DATA or $WEBSHOP_DATA, else the world's default."""
     root = data or os.environ.get(f"{name.upper()}_DATA") or world(name).DATA
     if not root:
@@ -52,31 +56,17 @@ def data_root(name, data=None) -> Path:
     return Path(root).expanduser()
 
 
-def list_items(name, split, data=None, *, human_goals=False, split_rule="product") -> list:
+def list_items(name: str, split: str, data=None) -> list[str]:
     """Every item of a split, in a fixed order: what `make_env` opens.
 
-    data          the folder that holds json_2.1.1, or WebShop's three JSON files; see `data_root`
-    human_goals   WebShop: goals written by people instead of the synthetic ones
-    split_rule    WebShop: "product" or "verl", see `worlds.webshop.Catalogue.split`
+    split   of the world: "train", "valid_seen", ...; of WebShop also "train:human", "train:verl"
+    data    the folder that holds json_2.1.1, or WebShop's three JSON files; an embedded one is made
+            where it is missing
     """
-    rules = {"human_goals": human_goals, "split_rule": split_rule}
-    return world(name).list_items(data_root(name, data), split, rules)
-
-
-def shared_items(name, split, other, data=None, *, human_goals=False, split_rule="product"):
-    """What two splits have in common (games, products with goals; goals under `split_rule` "verl"):
-    an evaluation must not see training items.
-    """
-    if split == other:
-        return set()
-    rules = {"human_goals": human_goals, "split_rule": split_rule}
-    try:
-        items = [list_items(name, s, data, **rules) for s in (split, other)]
-    except UserError as error:  # only one of the two is on this machine
-        print(f"{split} and {other} were not checked for common items: {error}")
-        return set()
-    ours, theirs = ({world(name).identity(item, rules) for item in chosen} for chosen in items)
-    return ours & theirs
+    root = data_root(name, data)
+    if str(root) in EMBEDDED:
+        importlib.import_module(EMBEDDED[str(root)]).make(root)
+    return world(name).list_items(root, split)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,17 +80,17 @@ INSTRUCTION = (
 SKILL_FORM = {"condition": "when it applies", "strategy": "what to do"}  # of a summary
 
 
-def build_prompts(obs: Observation, history=(), skills=(), keep: int = 2) -> tuple:
+def build_prompts(obs: Observation, history=(), skills=(), keep: int = 2) -> tuple[str, str]:
     """The user messages of one step -> (x_t, xs_t): plain, and with the skills; equal without any.
 
     Both repeat the same steps. A world whose prompts can get too long (WebShop's above 13,000
     characters, as in verl-agent) drops the history of both as soon as one is longer.
     """
-    plain = build_prompt(obs, history, (), keep)
-    skilled = build_prompt(obs, history, skills, keep)
-    if keep and len(skilled) > world(obs.world).LONGEST_PROMPT:  # xs_t is never the shorter one
-        return build_prompts(obs, history, skills, keep=0)
-    return plain, skilled
+    for steps in (keep, 0):
+        shown = build_prompt(obs, history, skills, steps)  # never the shorter one
+        if len(shown) <= world(obs.world).LONGEST_PROMPT:
+            break
+    return build_prompt(obs, history, (), steps), shown
 
 
 def build_prompt(obs: Observation, history=(), skills=(), keep: int = 2) -> str:
@@ -119,20 +109,20 @@ def build_prompt(obs: Observation, history=(), skills=(), keep: int = 2) -> str:
     history   [(observation text, action), ...] of this episode, oldest first
     skills    [(condition, strategy), ...]; empty for the plain prompt
     """
-    place = world(obs.world)
-    parts = [place.ROLE]
-    if history or not place.TASK_IN_FIRST_OBSERVATION:
+    module = world(obs.world)
+    parts = [module.ROLE]
+    if history or not module.TASK_IN_FIRST_OBSERVATION:
         parts[0] += f" Your task is to: {obs.task}."
     if skills:
         parts.append("Experience that may help:")
         parts += [f"- When {condition}: {strategy}" for condition, strategy in skills]
-    text = place.shown(obs.text, obs.task)
+    text = module.shown(obs.text, obs.task)
     if history:
         taken = len(history)
         parts.append(f"Steps taken so far: {taken}. The latest observations and your actions:")
         for n in range(max(0, taken - keep), taken):
             seen, action = history[n]
-            seen = place.shown(seen, obs.task)
+            seen = module.shown(seen, obs.task)
             parts.append(f"[Observation {n + 1}: '{seen}', Action {n + 1}: '{action}']")
         parts.append(f"Now at step {taken + 1}, you observe: {text}")
     else:
@@ -148,15 +138,15 @@ def build_mining_prompt(task, task_type, steps, known=(), obs_chars=200, env="al
     steps      [(observation text, action), ...] of the episode; texts are cut to `obs_chars`
     known      conditions of the skills this bucket already has, not to be repeated
     """
-    place = world(env)
+    module = world(env)
     lines = [
-        f"You solved a task of the kind '{task_type}' in the {place.NAME}. "
+        f"You solved a task of the kind '{task_type}' in the {module.NAME}. "
         "Extract one reusable skill from it.",
         f"Task: {task}.",
         "What you saw and did:",
     ]
     for n, (text, action) in enumerate(steps, 1):
-        seen = place.shown(text, task).split("\n")[0][:obs_chars]
+        seen = module.shown(text, task).split("\n")[0][:obs_chars]
         lines.append(f"{n}. saw: {seen} did: {action}")
     if known:
         conditions = "; ".join(f"when {condition}" for condition in known)
@@ -175,14 +165,14 @@ def build_mining_prompt(task, task_type, steps, known=(), obs_chars=200, env="al
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]")
 
 
-def action_span(text: str):
+def action_span(text: str) -> tuple[int, int] | None:
     """Where the text of the first <action>...</action> begins and ends, or None."""
     start = re.search("<action>", text, re.I)
     stop = start and re.compile("</action>", re.I).search(text, start.end())
     return (start.end(), stop.start()) if stop else None
 
 
-def parse_action(text: str, fallback_chars: int = 30) -> tuple:
+def parse_action(text: str, fallback_chars: int = 30) -> tuple[str, bool]:
     """A response -> (action in lower case, valid).
 
     Valid is a matter of format: <action>...</action>, <think> and </think>, no CJK character. A

@@ -1,12 +1,13 @@
 """Evaluate a checkpoint on every item of a split, exactly once each.
 
-    python evaluate.py --run tiny                       # the result of distill.py, plain prompt
-    python evaluate.py --run tiny --checkpoint warmup   # init, warmup, mine, distill, or a folder
-    python evaluate.py --run tiny --checkpoint mine --skills        # memory-augmented baseline
+    python evaluate.py                                  # the result of distill.py, plain prompt
+    python evaluate.py --run slow --checkpoint warmup   # init, warmup, mine, distill, or a folder
+    python evaluate.py --checkpoint mine --skills       # memory-augmented baseline
     python evaluate.py --preset alfworld-7b --checkpoint init --eval_split valid_unseen
 
 Prints success by task type and overall with counts and Wilson 95% intervals; writes
-runs/<run>/eval-....json, with a digest of the items' names: equal digests, equal panels.
+runs/<run>/eval-....json, with a digest of the items' names: equal digests, equal panels. An
+interrupted evaluation goes on with the same command.
 
 The usual protocol of the field draws 128 validation episodes with repetition, so about 84 of the
 140 games, and its standard error at 90% is 2.7 points; here every game counts once. Sampling is at
@@ -22,13 +23,35 @@ from pathlib import Path
 
 import numpy as np
 
-import common
 import envs
-from common import Policy, SkillBank, UserError, plan_groups, rollout
-from config import PHASES, flag, write_atomically
+from common import open_groups, rollout
+from config import PHASES, Config, UserError, flag, write_atomically
 from runtime import parallel, saves
-from runtime.policy import load_policy
-from runtime.run import goal_rules, list_items, load_state, set_up
+from runtime.flags import parse_config
+from runtime.policy import Policy, load_policy
+from runtime.run import append, list_items, load_state, run_script, set_up
+from skills import SkillBank
+
+WAVE = 64  # items played together, after which the results are on the disk
+
+
+@dataclass
+class Evaluation:
+    checkpoint: str = flag(
+        "distill",
+        "init, warmup, mine or distill of the run, or a model folder or hub name",
+        group="evaluation",
+    )
+    eval_split: str = flag("", "empty: valid_seen (ALFWorld) or test (WebShop)")
+    eval_temperature: float = flag(0.4, "of the sampling; 0 is greedy", at_least=0, below=100)
+    eval_seed: int = flag(0, "of the sampling", at_least=0, below=2**32)
+    skills: bool = flag(False, "retrieve the run's active skills into the prompt")
+    eval_items: int = flag(
+        0, "only so many items, spread evenly over the split; 0: all", at_least=0
+    )
+    out: str = flag(
+        "", "the JSON; empty: runs/<run>/eval-<split>-<checkpoint>[-skills]-T<temp>-s<seed>.json"
+    )
 
 
 @dataclass
@@ -42,34 +65,8 @@ class Outcome:
     steps: int
 
 
-@dataclass
-class Evaluation:
-    checkpoint: str = flag(
-        "distill", "init, warmup, mine or distill of the run, or a model folder or hub name"
-    )
-    eval_split: str = flag("", "split to evaluate on; empty: valid_seen (ALFWorld), test (WebShop)")
-    eval_temperature: float = flag(0.4, "sampling temperature; 0 is greedy")
-    eval_seed: int = flag(0, "seed of the sampling")
-    skills: bool = flag(False, "retrieve the run's active skills into the prompt")
-    eval_items: int = flag(0, "only so many items, spread evenly over the split; 0: all")
-    out: str = flag(
-        "", "the JSON; empty: runs/<run>/eval-<split>-<checkpoint>[-skills]-T<temp>-s<seed>.json"
-    )
-
-
-def check(choice):
-    """UserError for a value that no evaluation could have."""
-    for name in ("eval_temperature", "eval_seed", "eval_items"):
-        value = getattr(choice, name)
-        if not 0 <= value < 2**32:
-            raise UserError(f"--{name} {value}: must be 0 or more, and below 2^32")
-
-
-WAVE = 64  # items played together, after which the results are on the disk
-
-
-def evaluate(policy, config, items, temperature, seed, bank=None, done=None) -> list:
-    """One episode for each item, wave by wave -> [Outcome].
+def evaluate(policy, config, items, temperature, seed, bank=None, done=None) -> list[Outcome]:
+    """One episode for each item, wave by wave.
 
     done   a file: the waves that an interrupted evaluation left in it are not played again
 
@@ -77,54 +74,44 @@ def evaluate(policy, config, items, temperature, seed, bank=None, done=None) -> 
     """
     outcomes = read_outcomes(done, items)
     for start in range(len(outcomes), len(items), WAVE):
-        wave = items[start : start + WAVE]
-        skilled = 1 if bank else 0
-        groups = plan_groups(
-            wave,
-            config,
-            members=1,
-            skilled=skilled,
-            bank=bank,
-            statuses=("active",),
-            training=False,
-        )
-        desc = f"evaluate {start + len(wave)}/{len(items)}"
+        groups = open_groups(items[start : start + WAVE], config, members=1)
+        for (episode,) in groups:
+            if bank:
+                episode.skills = bank.retrieve(episode.task, episode.task_type, ("active",))
+                episode.shown = bank.shown(episode.skills)
+        desc = f"evaluate {start + len(groups)}/{len(items)}"
         episodes = rollout(policy, config, groups, seed + start, temperature=temperature, desc=desc)
-        if len(episodes) < len(wave):
-            raise UserError("some items cannot be played, see above; mend or remove them")
+        if len(episodes) < len(groups):
+            raise UserError("some items cannot be played, see above; fix or remove them")
         played = [
             Outcome(e.item, e.task_type, bool(e.success), float(e.score), len(e.steps))
             for e in episodes
         ]
         outcomes += played
         if done and parallel.rank() == 0:
-            with open(done, "a") as file:
-                file.write("".join(json.dumps(asdict(outcome)) + "\n" for outcome in played))
+            append(done, map(asdict, played))
     return outcomes
 
 
-def read_outcomes(path, items) -> list:
+def read_outcomes(path, items) -> list[Outcome]:
     """The whole waves that an interrupted evaluation of these items left; the file then has no more
     than these. None of it where it is not what this evaluation would have written.
     """
-    if path is None or not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]  # a kill may have left half of the last line
-    lines = lines[: len(lines) // WAVE * WAVE]
-    try:
-        outcomes = [Outcome(**json.loads(line)) for line in lines]
-    except (ValueError, TypeError):
-        outcomes = []
-    if [outcome.item for outcome in outcomes] != items[: len(outcomes)]:
-        outcomes = []
-    if parallel.rank() == 0:
-        kept = "".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes)
-        write_atomically(path, kept)
-    parallel.wait()
-    return outcomes
+    outcomes = []
+    if path and path.exists() and parallel.rank() == 0:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may leave half a line
+        try:
+            outcomes = [Outcome(**json.loads(line)) for line in lines[: len(lines) // WAVE * WAVE]]
+        except (ValueError, TypeError):
+            outcomes = []
+        if [outcome.item for outcome in outcomes] != items[: len(outcomes)]:
+            outcomes = []
+        write_atomically(path, "")
+        append(path, map(asdict, outcomes))
+    return parallel.all_gather(outcomes)
 
 
-def wilson(successes: int, n: int) -> tuple:
+def wilson(successes: int, n: int) -> tuple[float, float]:
     """95% Wilson score interval of a rate."""
     if n == 0:
         return 0.0, 1.0
@@ -136,14 +123,13 @@ def wilson(successes: int, n: int) -> tuple:
     return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
 
 
-def table(outcomes) -> dict:
+def summarize(outcomes) -> dict[str, dict]:
     """Task type, and "all" -> {n, solved, success, low, high, score, steps}."""
-    groups = defaultdict(list)
+    by_type = defaultdict(list)
     for outcome in outcomes:
-        groups[outcome.task_type].append(outcome)
-    groups = dict(sorted(groups.items())) | {"all": outcomes}
+        by_type[outcome.task_type].append(outcome)
     result = {}
-    for name, chosen in groups.items():
+    for name, chosen in (dict(sorted(by_type.items())) | {"all": outcomes}).items():
         solved = sum(e.success for e in chosen)
         low, high = wilson(solved, len(chosen))
         result[name] = {
@@ -158,104 +144,107 @@ def table(outcomes) -> dict:
     return result
 
 
-def choose_checkpoint(config, choice) -> tuple:
-    """The checkpoint's name in a run, or a model -> (model path, skill bank or None)."""
+def table(results) -> str:
+    """What `summarize` gives, a line for each task type."""
+    lines = [
+        f"{'task type':<12}{'solved':>10}{'success':>9}{'95% interval':>17}{'score':>7}  steps"
+    ]
+    for name, r in results.items():
+        counts = f"{r['solved']}/{r['n']}"
+        interval = f"{r['low']:.3f} to {r['high']:.3f}"
+        line = f"{name:<12}{counts:>10}{r['success']:>9.3f}{interval:>17}"
+        lines.append(f"{line}{r['score']:>7.3f}{r['steps']:>7.1f}")
+    return "\n".join(lines)
+
+
+def find_checkpoint(config: Config, name: str):
+    """A phase of the run, "init" or a model -> the path of its model."""
+    if name not in PHASES:
+        return config.model if name == "init" else name
+    folder = saves.find(Path("runs") / config.run, name)
+    if folder is None:
+        remedy = f"run `python {name}.py --run {config.run}`, or use --checkpoint init"
+        raise UserError(f"runs/{config.run}/{name}/model is missing: {remedy}")
+    return folder / "model"
+
+
+def load_skills(config: Config, checkpoint: str) -> SkillBank:
+    """The skills of the run: those of phase 2 for its own checkpoint, else those of phase 1."""
+    phase = "distill" if checkpoint == "distill" else "mine"
     root = Path("runs") / config.run
-    name = choice.checkpoint
-    if name in PHASES:
-        folder = saves.find(root, name)
-        if folder is None:
-            remedy = f"run `python {name}.py --run {config.run}`, or use --checkpoint init"
-            raise UserError(f"{root / name}/model is missing: {remedy}")
-        path = folder / "model"
-    else:
-        path = config.model if name == "init" else name
-    if not choice.skills:
-        return path, None
-    folder = root / ("distill" if name == "distill" else "mine")
-    return path, SkillBank.load(saves.find(root, folder.name) or folder, config)
+    return SkillBank.load(saves.find(root, phase) or root / phase, config)
 
 
-def iteration_of(path):
-    """After which iteration of its phase a checkpoint was saved; None for any other model."""
-    folder = Path(path).parent
-    return load_state(folder)["iteration"] if (folder / saves.MANIFEST).exists() else None
-
-
-def choose_items(config, choice, split) -> list:
-    """The items of the split. UserError if one of them was trained on."""
+def choose_items(config: Config, split: str, count: int) -> list[str]:
+    """The items of the split, or `count` of them. UserError if one of them was trained on."""
     items = list_items(config, split)
-    shared = envs.shared_items(config.env, config.split, split, config.data, **goal_rules(config))
-    if shared:
-        raise UserError(f"{len(shared)} items are in {config.split} and {split} both")
-    if choice.eval_items:
-        count = min(choice.eval_items, len(items))
-        items = [items[i * len(items) // count] for i in range(count)]
-    return items
+    identity = envs.world(config.env).identity
+    if split != config.split:
+        try:
+            trained = {identity(item, split) for item in list_items(config, config.split)}
+        except UserError as error:  # only one of the two is on this machine
+            print(f"{config.split} and {split} were not checked for common items: {error}")
+            trained = set()
+        shared = trained & {identity(item, split) for item in items}
+        if shared:
+            raise UserError(f"{len(shared)} items are in {config.split} and {split} both")
+    count = min(count or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
-def digest(items, config) -> str:
-    """Twelve hex digits of the sorted items, blind to their order and to the data folder."""
-    whole = {"split_rule": "verl"}  # the goal, not only its product
-    names = ["/".join(envs.world(config.env).identity(item, whole)) for item in items]
-    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:12]
+def digest(items, config: Config) -> str:
+    """Twelve hex digits of the items' names, blind to their order and to the data folder."""
+    names = sorted(envs.world(config.env).item_name(item) for item in items)
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
 
-def waves_file(out, config, choice, items, path, bank) -> Path:
-    """Where the waves of this very evaluation are kept until it is whole: same model, items,
-    settings and skills; after any change the name is another one.
-    """
+def identity_of(config: Config, choice: Evaluation, items, path, bank) -> str:
+    """Twelve hex digits of this very evaluation: same model, items, settings and skills."""
     manifest = Path(path).parent / saves.MANIFEST  # of a save, whose files were hashed just now
     if manifest.exists():
-        model = manifest.read_text()
+        model = manifest.read_text(encoding="utf-8")
     else:
         model = saves.files_of(Path(path)) if Path(path).is_dir() else str(path)
-    skills = [asdict(skill) for skill in bank.skills] if bank else None
     flags = {name: value for name, value in asdict(config).items() if name not in ("run", "device")}
-    identity = [model, items, skills, flags, choice.eval_temperature, choice.eval_seed]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.with_name(f"{out.stem}-{key}.waves")
+    skills = bank.dump() if bank else None
+    parts = [model, items, skills, flags, choice.eval_temperature, choice.eval_seed]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def main():
-    config, choice = common.parse_config("evaluate", __doc__, Evaluation)
-    check(choice)
+    config, choice = parse_config("evaluate", __doc__, Evaluation)
     device = set_up(config)
-    split = choice.eval_split or envs.world(config.env).EVAL_SPLIT
-    items = choose_items(config, choice, split)
-    path, bank = choose_checkpoint(config, choice)
-    name = choice.checkpoint
-    label = name.strip("/").replace("/", "-") + ("-skills" if bank else "")
-    suffix = f"T{choice.eval_temperature:g}-s{choice.eval_seed}"
-    suffix += f"-n{len(items)}" if choice.eval_items else ""
-    default = Path("runs") / config.run / f"eval-{split}-{label}-{suffix}.json"
-    out = Path(choice.out) if choice.out else default
-    done = waves_file(out, config, choice, items, path, bank)
+    rules = config.split.split(":")[1:]  # "train:human" is evaluated on "test:human"
+    split = choice.eval_split or ":".join([envs.world(config.env).EVAL_SPLIT, *rules])
+    items = choose_items(config, split, choice.eval_items)
+    path = find_checkpoint(config, choice.checkpoint)
+    bank = load_skills(config, choice.checkpoint) if choice.skills else None
     policy = Policy(*load_policy(path, config, device, trainable=False))
-    outcomes = evaluate(
-        policy, config, items, choice.eval_temperature, choice.eval_seed, bank, done
-    )
 
-    results = table(outcomes)
-    arm = "with skills" if bank else "plain prompt"
-    items_digest = digest(items, config)
-    panel = f"{len(items)} items of {split} ({items_digest})"
-    print(f"{name}, {arm}: {panel}, T={choice.eval_temperature}, seed {choice.eval_seed}")
-    print(f"{'task type':<10}{'solved':>10}{'success':>10}{'95% interval':>18}{'score':>8}  steps")
-    for task_type, r in results.items():
-        counts = f"{r['solved']}/{r['n']}"
-        interval = f"[{r['low']:.3f}, {r['high']:.3f}]"
-        line = f"{task_type:<10}{counts:>10}{r['success']:>10.3f}{interval:>18}"
-        print(f"{line}{r['score']:>8.3f}{r['steps']:>7.1f}")
+    label = choice.checkpoint.strip("/").replace("/", "-") + ("-skills" if bank else "")
+    name = f"eval-{split}-{label}-T{choice.eval_temperature:g}-s{choice.eval_seed}"
+    name += f"-n{len(items)}" if choice.eval_items else ""
+    out = Path(choice.out or Path("runs") / config.run / f"{name}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = out.with_name(f"{out.stem}-{identity_of(config, choice, items, path, bank)}.waves")
+    temperature, seed = choice.eval_temperature, choice.eval_seed
+    outcomes = evaluate(policy, config, items, temperature, seed, bank, done)
+
+    results = summarize(outcomes)
+    prompt = "with skills" if bank else "plain prompt"
+    panel = digest(items, config)
+    print(f"{choice.checkpoint}, {prompt}: {len(items)} items of {split} ({panel}), ", end="")
+    print(f"T={temperature}, seed {seed}\n{table(results)}")
+    folder = Path(path).parent
+    is_save = (folder / saves.MANIFEST).exists()
     record = {
         "checkpoint": str(path),
         "skills": bool(bank),
-        "seed": choice.eval_seed,
+        "seed": seed,
         "split": split,
-        "digest": items_digest,
-        "iteration": iteration_of(path),
-        "temperature": choice.eval_temperature,
+        "digest": panel,
+        "iteration": load_state(folder)["iteration"] if is_save else None,
+        "temperature": temperature,
         "results": results,
         "items": {outcome.item: outcome.success for outcome in outcomes},
     }
@@ -266,4 +255,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

@@ -2,7 +2,7 @@
 
     python mine.py                            # after warmup.py
     python mine.py --run slow --mine_every 3
-    python mine.py --run control --fork tiny --skill_share 0     # the control: GiGPO goes on
+    python mine.py --run control --fork tiny --without skills    # the control: GiGPO goes on
 
 Reads   runs/<run>/warmup/
 Writes  runs/<run>/mine/: model/, and skills.jsonl, every skill with its life
@@ -21,12 +21,24 @@ Next    python distill.py --run <run>
 import random
 from collections import Counter, defaultdict
 
-import common
-import envs
-from common import Run, SkillBank, episode_advantages, rl_rows, rollout, rollout_metrics
+from common import (
+    episode_advantages,
+    open_groups,
+    put_skills,
+    rl_rows,
+    rollout,
+    sample_texts,
+    update,
+)
+from envs import build_mining_prompt
+from runtime.flags import parse_config
+from runtime.metrics import halves, rollout_metrics
 from runtime.miner import ask_endpoint, is_endpoint, load_miner
+from runtime.run import Run, run_script
+from skills import SkillBank, group_deltas, parse_skill, plain_successes
 
 MEMORY = 2048  # the newest plain successes that are kept for mining
+NEWEST = 32  # of a task type, from which a round of mining draws
 
 
 def mine(policy, config, bank, successes, k, seed) -> Counter:
@@ -36,18 +48,21 @@ def mine(policy, config, bank, successes, k, seed) -> Counter:
     texts = write_summaries(prompts, policy, config, seed)
     outcome = Counter()
     for episode, text in zip(chosen, texts, strict=True):
-        skill = common.parse_skill(text)
+        skill = parse_skill(text)
         outcome[bank.add(*skill, episode["task_type"], k) if skill else "unparsable"] += 1
     return outcome
 
 
-def choose(successes, count, seed) -> list:
-    """The episodes to summarize: task types take turns, each with its 32 newest in random order."""
-    buckets = defaultdict(list)
+def choose(successes, count, seed) -> list[dict]:
+    """The episodes to summarize: task types take turns, each with its newest in random order."""
+    by_type = defaultdict(list)
     for episode in reversed(successes):
-        buckets[episode["task_type"]].append(episode)
+        by_type[episode["task_type"]].append(episode)
     rng = random.Random(seed)
-    pools = [rng.sample(newest[:32], min(32, len(newest))) for _, newest in sorted(buckets.items())]
+    pools = []
+    for _, episodes in sorted(by_type.items()):
+        newest = episodes[:NEWEST]
+        pools.append(rng.sample(newest, len(newest)))
     chosen = []
     while len(chosen) < count and any(pools):
         chosen += [pool.pop() for pool in pools if pool]
@@ -56,58 +71,57 @@ def choose(successes, count, seed) -> list:
 
 def summary_prompt(episode, bank, config) -> str:
     """The request for a skill from one solved episode."""
-    bucket = episode["task_type"]
-    known = [s.condition for s in bank.skills if s.bucket == bucket and s.status == "active"]
-    return envs.build_mining_prompt(
-        episode["task"], bucket, episode["steps"], known, config.mine_obs_chars, config.env
-    )
+    kind = episode["task_type"]
+    known = [s.condition for s in bank.skills if s.bucket == kind and s.status == "active"]
+    chars = config.mine_obs_chars
+    return build_mining_prompt(episode["task"], kind, episode["steps"], known, chars, config.env)
 
 
-def write_summaries(prompts, policy, config, seed) -> list:
+def write_summaries(prompts, policy, config, seed) -> list[str]:
     """Prompts -> texts, by the current policy (nothing trains while it writes) or by --miner."""
     if is_endpoint(config.miner):
         return ask_endpoint(prompts, config, seed)
     writer = load_miner(config, policy.model.device) if config.miner else policy
-    return common.sample_texts(writer, config, prompts, seed)
+    return sample_texts(writer, config, prompts, seed)
 
 
 def main():
-    config = common.parse_config("mine", __doc__)
-    run = Run(config, "mine")
-    policy, state = run.start(after="warmup")
-    successes = state["successes"]
-    bank = SkillBank.load(run.source, config) if run.resumed else SkillBank.given(config)
+    config = parse_config("mine", __doc__)
+    paired = "skills" not in config.without
+    run = Run(config, "mine", after=None if "warmup" in config.without else "warmup", successes=[])
+    policy = run.policy
+    successes = run.state["successes"]
+    bank = SkillBank.load(run.source, config) if run.resumed else SkillBank(config)
     print(f"mine: {len(successes)} successes to learn from, {len(bank.skills)} skills")
 
-    for k in run.iterations(config.mine_iterations):
+    for k in run.iterations():
         # 1. mining, by the policy as it is now
         mined = Counter()
-        if config.skill_share and (k - 1) % config.mine_every == 0:
+        if paired and (k - 1) % config.mine_every == 0:
             mined = mine(policy, config, bank, successes, k, run.seed(k))
 
         # 2. paired rollouts: half of each group with skills, half plain, same game
-        tried = ("candidate", "active")
-        groups = common.plan_groups(run.draw_tasks(k), config, bank=bank, statuses=tried)
+        groups = open_groups(run.draw_tasks(k), config)
+        if paired:
+            put_skills(groups, bank, ("candidate", "active"))
         episodes = rollout(policy, config, groups, run.seed(k))
-        successes = (successes + common.plain_successes(episodes, k))[-MEMORY:]
+        successes = (successes + plain_successes(episodes, k))[-MEMORY:]
 
-        # 3. Delta_g = R_g^skill - R_g^base, and the life of the skills
-        deltas = common.group_deltas(episodes)
+        # 3. Delta_g, and the life of the skills
+        deltas = group_deltas(episodes)
         bank.evaluate(episodes, deltas)
 
         # 4. advantages, loss and step: both halves one GiGPO group, each row under its own prompt
         advantages = episode_advantages(episodes, config)
-        rows = rl_rows(episodes, advantages, config)
-        losses = common.update(policy, rows, config, run.seed(k))
+        losses = update(policy, rl_rows(episodes, advantages), config, run.seed(k))
 
         # 5. log and save
         metrics = rollout_metrics(episodes, advantages, config, deltas) | losses | bank.count()
         metrics |= {f"mined_{name}": n for name, n in mined.items()}
-        line = f"{common.arms(metrics)}  skills {bank.summary()}"
+        line = f"{halves(metrics)}  skills {bank.summary()}"
         line += f"  mined {dict(mined)}" if mined else ""
         run.log(k, metrics, episodes, advantages, line)
-        finished = k == config.mine_iterations
-        run.save_when_due(policy, k, finished, bank, successes=successes)
+        run.end_iteration(k, k == run.last, bank, successes=successes)
 
     print(bank.table())
     if not bank.count()["active"]:
@@ -116,4 +130,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

@@ -10,14 +10,14 @@ import json
 import math
 import re
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from rapidfuzz import fuzz
 from rapidfuzz.utils import default_process
 
-from config import UserError, write_atomically
+from config import Config, UserError, read_jsonl
 from envs import SKILL_FORM
 
 # A number that names an instance ("drawer 3", "take mug 1 from shelf 2"), not a quantity ("2
@@ -35,9 +35,8 @@ INSTANCE = re.compile(
     r"|\bB0[A-Z0-9]{8}\b",
     re.I,
 )
-
-
-STATUSES = ("candidate", "active", "retired")
+NEUTRAL = "go on as you think best and take the time that you need for it".split()
+STATUSES = ("active", "candidate", "retired")
 
 
 @dataclass(eq=False)
@@ -53,21 +52,7 @@ class Skill:
     retrieved: int = 0  # groups that carried it
     below: int = 0  # consecutive evaluations, from the n_eval-th on, that left u < 0
     born: int = 0  # iteration
-    deltas: list = field(default_factory=list)  # every Delta_g: its life
-
-
-PLACEBO = "go on as you think best and take the time that you need for it".split()
-
-
-def shown_in_prompt(skill, config) -> tuple:
-    """(condition, strategy) as the prompt shows them: the skill, or with --placebo its condition
-    and as many neutral words as its strategy has, so that length and place alone are left.
-    """
-    if not config.placebo:
-        return skill.condition, skill.strategy
-    count = len(skill.strategy.split())
-    words = PLACEBO * (1 + count // len(PLACEBO))
-    return skill.condition, " ".join(words[:count])
+    deltas: list[float] = field(default_factory=list)  # every Delta_g: its life
 
 
 class SkillBank:
@@ -78,9 +63,9 @@ class SkillBank:
     DUPLICATE = 90  # percent of similarity from which two strategies count as one
     PER_BUCKET = 20  # candidate and active skills; one more retires the least valued
 
-    def __init__(self, config):
+    def __init__(self, config: Config, skills=()):
         self.config = config
-        self.skills = []
+        self.skills = list(skills)
 
     def add(self, condition, strategy, bucket, iteration=0) -> str:
         """Add a candidate -> "added", or why not: "unprintable" (a control character, a line break,
@@ -103,7 +88,7 @@ class SkillBank:
         living = [s for s in peers if s.status != "retired"]
         if len(living) >= self.PER_BUCKET:
             min(living, key=self.value).status = "retired"
-        status = "candidate" if self.config.validate else "active"
+        status = "active" if "validation" in self.config.without else "candidate"
         self.skills.append(Skill(condition, strategy, bucket, status=status, born=iteration))
         return "added"
 
@@ -112,40 +97,55 @@ class SkillBank:
         total = sum(s.retrieved for s in self.skills if s.bucket == skill.bucket)
         return skill.utility + 0.1 * math.sqrt(math.log(1 + total) / (1 + skill.retrieved))
 
-    def retrieve(self, task, bucket, k=3, statuses=("candidate", "active"), training=True) -> list:
+    def retrieve(self, task, bucket, statuses=STATUSES[:2]) -> list[Skill]:
         """The skills of a group, once for all its steps.
 
-        The best k active ones by 0.5 lexical match of task and condition + utility + UCB; or the
-        least tried candidate, alone, so that Delta_g is its own: beside a good skill any candidate
-        looks good. A candidate goes first until `n_eval` groups have carried it, then whenever
-        fewer have than the best active skill. Only `training` counts as a try.
-        With --candidate_alone false the candidate stands beside the active ones.
+        The best top_k active ones by 0.5 lexical match of task and condition + utility + UCB; or
+        the least tried candidate, alone, so that Delta_g is its own: next to a good skill any
+        candidate looks good. A candidate goes first until `n_eval` groups have carried it, then
+        whenever fewer have than the best active skill.
         """
 
         def score(skill):
             return 0.5 * fuzz.token_set_ratio(task, skill.condition) / 100 + self.value(skill)
 
         found = [s for s in self.skills if s.bucket == bucket and s.status in statuses]
-        found = sorted(found, key=score, reverse=True)
+        found.sort(key=score, reverse=True)
         active = [s for s in found if s.status == "active"]
         candidates = [s for s in found if s.status == "candidate"]
-        candidates.sort(key=lambda s: s.retrieved)
-        chosen = (candidates[:1] + active)[:k]
-        if candidates and self.config.candidate_alone:
+        if candidates:
+            candidate = min(candidates, key=lambda s: s.retrieved)
             tries = max(self.config.n_eval, active[0].retrieved) if active else math.inf
-            chosen = candidates[:1] if candidates[0].retrieved < tries else active[:k]
-        if training:
-            for skill in chosen:
-                skill.retrieved += 1
-        return chosen
+            if candidate.retrieved < tries:
+                return [candidate]
+        return active[: self.config.top_k]
 
-    def update(self, skill, delta):
+    def count_try(self, skills):
+        """A group carries these skills."""
+        for skill in skills:
+            skill.retrieved += 1
+
+    def shown(self, skills) -> list[tuple]:
+        """(condition, strategy) of skills as the prompt of the skill half has them (--show)."""
+        show = self.config.show
+        if show == "nothing":
+            return []
+        if show == "other":  # the most valued skill of another task type; none where there is none
+            living = [s for s in self.skills if s.status != "retired"]
+            others = [[s for s in living if s.bucket != skill.bucket] for skill in skills]
+            skills = [max(found, key=self.value) for found in others if found]
+        texts = [(skill.condition, skill.strategy) for skill in skills]
+        if show == "neutral":  # as many words, so that length and place alone are left
+            texts = [(condition, neutral_words(strategy)) for condition, strategy in texts]
+        return texts
+
+    def update(self, skill: Skill, delta: float):
         """One evaluation: u_s <- (1 - alpha) u_s + alpha Delta_g (method Eq. 9), and a verdict."""
         skill.utility += self.config.ema * (delta - skill.utility)
         skill.n += 1
         skill.deltas.append(round(delta, 4))
-        unproven = skill.n < self.config.n_eval
-        if unproven or skill.status == "retired" or not self.config.validate:
+        unproven = skill.n < self.config.n_eval or "validation" in self.config.without
+        if unproven or skill.status == "retired":
             return
         skill.below = skill.below + 1 if skill.utility < 0 else 0
         if skill.below >= 2:
@@ -160,7 +160,7 @@ class SkillBank:
             for skill in skills[group]:
                 self.update(skill, delta)
 
-    def count(self) -> dict:
+    def count(self) -> dict[str, int]:
         statuses = [s.status for s in self.skills]
         return {status: statuses.count(status) for status in STATUSES}
 
@@ -169,97 +169,35 @@ class SkillBank:
 
     def table(self) -> str:
         """Every skill with its record, the active first, the retired last."""
-        order = ("active", "candidate", "retired")
         lines = [f"{'status':<10}{'utility':>8}{'n':>4}  skill"]
-        for s in sorted(self.skills, key=lambda s: (order.index(s.status), -s.utility)):
+        for s in sorted(self.skills, key=lambda s: (STATUSES.index(s.status), -s.utility)):
             record = f"{s.status:<10}{s.utility:>+8.2f}{s.n:>4}"
             lines.append(f"{record}  [{s.bucket}] when {s.condition}: {s.strategy}")
         return "\n".join(lines)
 
-    def save(self, path):
-        write_atomically(path, "".join(json.dumps(asdict(s)) + "\n" for s in self.skills))
+    def dump(self) -> str:
+        """A JSON object for each skill, a line each."""
+        return "".join(json.dumps(asdict(s)) + "\n" for s in self.skills)
 
     @classmethod
-    def given(cls, config):
-        """A new bank: empty, or with the skills of the file --given_skills, all active. A line of
-        it is a JSON object with condition, strategy and bucket; a skill's record is ignored.
-        """
-        bank = cls(config)
-        if config.given_skills:
-            needed = {"condition", "strategy", "bucket"}
-            for line in read_skills(config.given_skills, needed):
-                skill = Skill(line["condition"], line["strategy"], line["bucket"], status="active")
-                bank.skills.append(skill)
-        return bank
-
-    @classmethod
-    def load(cls, folder, config):
-        """The bank that `save` wrote in the folder of a phase."""
+    def load(cls, folder, config: Config) -> "SkillBank":
+        """The bank in the folder of a phase. UserError where it has none, or of another kind."""
         path = Path(folder) / "skills.jsonl"
-        bank = cls(config)
         if not path.exists():
             raise UserError(f"{path}: no such skill file; it is written by mine.py")
-        needed = {f.name for f in fields(Skill)}
-        bank.skills = [Skill(**line) for line in read_skills(path, needed)]
-        return bank
+        try:
+            return cls(config, [Skill(**record) for record in read_jsonl(path)])
+        except TypeError as error:
+            raise UserError(f"{path}: not the skills of this version ({error})") from None
 
 
-def read_skills(path, needed) -> list:
-    """The skills of a file, a JSON object a line, as dicts with the fields `needed` at least.
-
-    UserError for a file that cannot be read, and for a line that is no skill, by its number.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file of skills") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as text ({error})") from None
-    skills = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                skills.append(json.loads(line))
-                check_skill(skills[-1], needed)
-            except (ValueError, RecursionError) as error:
-                reason = f"{error!s:.200}"
-                remedy = "mend or delete the line"
-                raise UserError(f"{path}, line {number}: no skill, {reason}; {remedy}") from None
-    return skills
+def neutral_words(strategy) -> str:
+    """As many words as a strategy has, which say nothing."""
+    count = len(strategy.split())
+    return " ".join((NEUTRAL * (1 + count // len(NEUTRAL)))[:count])
 
 
-def check_skill(skill, needed):
-    """ValueError for what is not a skill as a dict with the fields `needed`, or has other fields
-    than a Skill, a value of another type, or an unprintable text.
-    """
-    if not isinstance(skill, dict):
-        raise ValueError("not a JSON object")
-    types = {f.name: f.type for f in fields(Skill)}
-    missing = sorted(needed - set(skill))
-    unknown = sorted(set(skill) - set(types))
-    if missing or unknown:
-        raise ValueError(f"missing fields {missing}, unknown fields {unknown}")
-    for name, value in skill.items():
-        if types[name] is str:
-            right = isinstance(value, str) and value.strip() and value.isprintable()
-        elif types[name] is int:  # true is an int to isinstance
-            right = type(value) is int and value >= 0
-        elif types[name] is float:
-            right = is_difference(value)
-        else:
-            right = isinstance(value, list) and all(map(is_difference, value))
-        if not right:
-            raise ValueError(f"{name} is {value!r:.60}")
-    if skill.get("status", "active") not in STATUSES:
-        raise ValueError(f"status is {skill['status']!r:.60}, not one of {', '.join(STATUSES)}")
-
-
-def is_difference(value) -> bool:
-    """Whether it is a number as Delta_g and its average are, between -1 and 1 up to rounding."""
-    return type(value) in (int, float) and abs(value) < 1.001  # false for NaN
-
-
-def parse_skill(text: str):
+def parse_skill(text: str) -> tuple[str, str] | None:
     """A summary -> (condition, strategy); None unless it is one JSON object with both and no text
     around it. A small model may copy the form that the prompt shows: no skill either.
     """
@@ -275,15 +213,20 @@ def parse_skill(text: str):
     return (condition, strategy) if condition and strategy else None
 
 
-def group_deltas(episodes) -> dict:
-    """Paired groups -> Delta_g = success of the skill half - of the plain half (method Eq. 8)."""
-    halves = defaultdict(lambda: ([], []))
+def group_deltas(episodes) -> dict[str, float]:
+    """Group -> Delta_g = success of its skill half - of its plain half (method Eq. 8)."""
+    skill_half = defaultdict(list)
+    plain_half = defaultdict(list)
     for e in episodes:
-        halves[e.group][bool(e.skills)].append(e.success)
-    return {g: float(np.mean(s) - np.mean(p)) for g, (p, s) in halves.items() if s and p}
+        (skill_half if e.skills else plain_half)[e.group].append(e.success)
+    return {
+        group: float(np.mean(solved) - np.mean(plain_half[group]))
+        for group, solved in skill_half.items()
+        if group in plain_half
+    }
 
 
-def plain_successes(episodes, k) -> list:
+def plain_successes(episodes, k) -> list[dict]:
     """What mining needs of the episodes solved without skills: the buffer D_succ grows by these."""
     return [
         {

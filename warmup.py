@@ -1,8 +1,8 @@
 """Phase 0 of SIRI: GiGPO on plain prompts until the policy has successes to learn from.
 
-    python warmup.py                          # the embedded default, minutes on 2 cores
+    python warmup.py                          # the embedded shop, a minute on 2 cores
     python warmup.py --preset alfworld-7b     # Qwen2.5-7B-Instruct on ALFWorld, one big GPU
-    python warmup.py --run slow --lr 1e-4     # any field of config.Config is a flag, see --help
+    python warmup.py --run slow --lr 1e-5     # any field of config.Config is a flag, see --help
 
 Reads   the initial policy (--model) and the tasks of --split
 Writes  runs/<run>/warmup/: model/, config.json, state.pt with the stored successes D_succ
@@ -16,21 +16,24 @@ Next    python mine.py --run <run>
         stop once N_succ >= N_req
 """
 
-import common
-from common import Run, episode_advantages, plain_successes, rl_rows, rollout, rollout_metrics
+from common import episode_advantages, open_groups, rl_rows, rollout, update
+from runtime.flags import parse_config
+from runtime.metrics import rollout_metrics
+from runtime.run import Run, run_script
+from skills import plain_successes
 
 
 def main():
-    config = common.parse_config("warmup", __doc__)
-    run = Run(config, "warmup")
-    policy, state = run.start(successes=[])
-    successes = state["successes"]  # D_succ
+    config = parse_config("warmup", __doc__)
+    run = Run(config, "warmup", successes=[])
+    policy = run.policy
+    successes = run.state["successes"]  # D_succ
     parameters = policy.model.num_parameters()
     print(f"warmup: {len(run.items)} tasks, {parameters:,} parameters on {run.device}")
 
-    for k in run.iterations(config.warmup_iterations):
+    for k in run.iterations():
         # 1. rollout: every task `group_size` times, plain prompt
-        groups = common.plan_groups(run.draw_tasks(k), config)
+        groups = open_groups(run.draw_tasks(k), config)
         episodes = rollout(policy, config, groups, run.seed(k))
         successes += plain_successes(episodes, k)
 
@@ -38,8 +41,7 @@ def main():
         advantages = episode_advantages(episodes, config)
 
         # 3. loss and step: L_GiGPO + beta L_KL - c_H H
-        rows = rl_rows(episodes, advantages, config)
-        losses = common.update(policy, rows, config, run.seed(k))
+        losses = update(policy, rl_rows(episodes, advantages), config, run.seed(k))
 
         # 4. log and save
         metrics = rollout_metrics(episodes, advantages, config) | losses
@@ -48,8 +50,7 @@ def main():
         line += f"steps {metrics['steps']:.1f}  invalid {metrics['invalid']:.2f}"
         run.log(k, metrics, episodes, advantages, line)
         enough = len(successes) >= config.n_req
-        finished = enough or k == config.warmup_iterations
-        run.save_when_due(policy, k, finished, successes=successes)
+        run.end_iteration(k, enough or k == run.last, successes=successes)
         if enough:
             break
 
@@ -57,4 +58,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

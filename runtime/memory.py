@@ -27,8 +27,8 @@ Three situations take turns, and the largest counts:
     update    weights + optimizer + reference + gradients + checkpoints + the larger of the backward
               pass of a layer and of the logits
 
---optimizer_offload takes the optimizer off the card but for one parameter's part, --ref_offload the
-reference outside scoring. N GPUs hold an N-th of weights, gradients, optimizer and reference each;
+--offload takes the optimizer off the card but for one parameter's part, and the reference outside
+scoring. N GPUs hold an N-th of weights, gradients, optimizer and reference each;
 a rollout needs the whole weights on each all the same, the update the largest pieces that FSDP puts
 together: the root's (embedding and head) and two layers'.
 """
@@ -44,11 +44,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from config import UserError
 from runtime.generation import CHUNK
-from runtime.logprobs import LOGITS
 from runtime.policy import SHAPES, dtype_of, local_path
 
 # MiB that nvidia-smi reports for an RTX 4090, A6000, H100 and H200; CUDA itself takes about 1,024
 CARDS = {"24 GB": 24_564, "48 GB": 49_140, "80 GB": 81_559, "141 GB": 143_771}
+LOGITS = 2**27  # float32 logits held at once: 0.5 GB each of the five tensors of their backward
 FRAGMENTS = 1.05  # what the allocator cannot use
 HOST_LINK = 20e9  # bytes/s between host and card, each way: PCIe 4 x16 with pinned memory
 GB = 1e9
@@ -115,7 +115,6 @@ def parts(config) -> dict:
         root = parameters - per_layer * shape.num_hidden_layers
         unsharded = size * (root + 2 * per_layer)
     return {
-        "parameters": parameters,
         "weights": weights / ranks,
         "gradients": weights / ranks,
         "optimizer": moments * weights / ranks,
@@ -133,16 +132,14 @@ def parts(config) -> dict:
         "logits": chunk * 20,
         "logits, forward": chunk * (8 + size),
         "disk": (1 + moments) * weights,
-        "optimizer_offload": config.optimizer_offload,
-        "ref_offload": config.ref_offload,
     }
 
 
-def situations(p: dict) -> dict:
-    """Situation -> bytes on the card."""
-    optimizer = p["one parameter"] if p["optimizer_offload"] else p["optimizer"]
-    reference = 0 if p["ref_offload"] else p["reference"]
-    weights = p["weights"] + (0 if p["optimizer_offload"] else p["optimizer"])
+def situations(p: dict, offload: bool) -> dict[str, float]:
+    """The parts -> situation -> bytes on the card."""
+    optimizer = p["one parameter"] if offload else p["optimizer"]
+    reference = 0 if offload else p["reference"]
+    weights = p["weights"] + (0 if offload else p["optimizer"])
     rollout = weights + reference + p["whole weights"] + p["KV cache"]
     scoring = weights + p["reference"] + 2 * p["unsharded"]
     update = weights + reference + p["gradients"] + p["unsharded"]
@@ -150,12 +147,13 @@ def situations(p: dict) -> dict:
     return {
         "rollout": rollout + max(p["prefill"], p["decode"]),
         "scoring": scoring + max(p["layer, forward"], p["logits, forward"]),
-        "update": update + max(backward, optimizer if p["optimizer_offload"] else 0),
+        "update": update + max(backward, optimizer if offload else 0),
     }
 
 
-def peak(p: dict) -> float:
-    return max(situations(p).values())
+def peak(config) -> float:
+    """Bytes on the card, with what the allocator cannot use."""
+    return FRAGMENTS * max(situations(parts(config), config.offload).values())
 
 
 def table(config) -> str:
@@ -163,19 +161,17 @@ def table(config) -> str:
     p = parts(config)
     ranks = os.environ.get("WORLD_SIZE", "1")
     where = "" if ranks == "1" else f", on each of {ranks} GPUs"
-    lines = [f"{config.model}: {p['parameters']:,} parameters in {config.dtype}{where}"]
-    shown = [name for name, value in p.items() if name != "parameters" and value > 1]
-    lines += [f"  {name:<16}{p[name] / GB:>9.2f} GB" for name in shown]
-    for name, value in situations(p).items():
+    lines = [f"{config.model}: {count_parameters(config.model)[0]:,} parameters in {config.dtype}"]
+    lines[0] += where
+    lines += [f"  {name:<16}{value / GB:>9.2f} GB" for name, value in p.items() if value]
+    for name, value in situations(p, config.offload).items():
         lines.append(f"  {name:<16}{value / GB:>9.2f} GB on the card")
-    need = peak(p) * FRAGMENTS
+    need = peak(config)
     lines.append(f"  {'peak':<16}{need / GB:>9.2f} GB, with 5% for fragments")
-    host = (p["optimizer"] if config.optimizer_offload else 0) + (
-        p["reference"] if config.ref_offload else 0
-    )
-    if host:
+    if config.offload:
+        host = p["optimizer"] + p["reference"]
         lines.append(f"  {'host memory':<16}{host / GB:>9.2f} GB")
-    if config.optimizer_offload:
+    if config.offload:
         seconds = 2 * p["optimizer"] / HOST_LINK
         lines.append(f"  {'offload':<16}{seconds:>9.2f} s an optimizer step at 20 GB/s")
     for name, mib in CARDS.items():
@@ -189,16 +185,15 @@ def advice(config, room: float) -> str:
     changes = {
         "--micro_tokens a quarter": {"micro_tokens": config.micro_tokens // 4},
         "--generation_rows a quarter": {"generation_rows": max(1, config.generation_rows // 4)},
-        "--ref_offload": {"ref_offload": True},
-        "--optimizer_offload": {"optimizer_offload": True},
+        "--offload": {"offload": True},
     }
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # they split what the last two would offload
-        del changes["--ref_offload"], changes["--optimizer_offload"]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # they shard what would be offloaded
+        del changes["--offload"]
     for count in range(1, len(changes) + 1):
         for chosen in itertools.combinations(changes, count):
             flags = {}
             for name in chosen:
                 flags |= changes[name]
-            if peak(parts(replace(config, **flags))) * FRAGMENTS < room:
+            if peak(replace(config, **flags)) < room:
                 return "with " + ", ".join(chosen)
     return "too small: more GPUs (torchrun), or a smaller --model"

@@ -1,4 +1,4 @@
-"""What the phases log of their episodes; the glossary is docs/metrics.md."""
+"""What the phases log of their episodes; the glossary is docs/reference.md."""
 
 from collections import defaultdict
 
@@ -9,12 +9,12 @@ def mean(values) -> float:
     return float(np.mean(values))
 
 
-def success_rate(episodes):
+def success_rate(episodes) -> float | None:
     return mean([e.success for e in episodes]) if episodes else None
 
 
 def rollout_metrics(episodes, advantages, config, deltas=None) -> dict:
-    """What every phase logs of its episodes; success_plain and success_skill are the two arms."""
+    """What every phase logs of its episodes; success_plain and success_skill are of the halves."""
     steps = [s for e in episodes for s in e.steps]
     lengths = [len(s.response_ids) for s in steps]
     groups = defaultdict(list)
@@ -44,8 +44,8 @@ def rollout_metrics(episodes, advantages, config, deltas=None) -> dict:
     return metrics
 
 
-def arms(metrics) -> str:
-    """The success of both arms and their mean difference, for the summary line."""
+def halves(metrics) -> str:
+    """The success of both halves and their mean difference, for the summary line."""
     names = ("success_plain", "success_skill", "delta")
     shown = ["  - " if metrics[name] is None else f"{metrics[name]:.2f}" for name in names]
     plain, skill, delta = shown

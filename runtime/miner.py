@@ -10,6 +10,7 @@ from runtime import parallel
 from runtime.policy import Policy, load_policy
 
 PATIENCE = 3  # requests in a row without an answer, after which the rest of a round is not asked
+TIMEOUT = 60.0  # seconds to wait for an answer
 
 
 def is_endpoint(miner: str) -> bool:
@@ -29,12 +30,12 @@ def ask_endpoint(prompts, config, seed) -> list:
     answers = []
     if parallel.rank() == 0:
         answers = request_all(prompts, config, seed)
-    answers = parallel.gather(answers)
+    answers = parallel.all_gather(answers)
     reasons = [reason for _, reason in answers if reason]
     if len(reasons) == len(prompts) > 0:
         raise UserError(
             f"--miner {config.miner}: none of {len(prompts)} requests was answered ({reasons[0]}); "
-            "start the endpoint or look at --miner_model and --miner_timeout, then run this again"
+            "start the endpoint, or look at the model after the #, then run this again"
         )
     if reasons:
         tqdm.write(f"miner: {len(reasons)} of {len(prompts)} requests unanswered ({reasons[0]})")
@@ -43,11 +44,9 @@ def ask_endpoint(prompts, config, seed) -> list:
 
 def request_all(prompts, config, seed) -> list:
     """[(text, why there is none)], one request after the other."""
-    client = InferenceClient(
-        base_url=config.miner,
-        api_key=os.environ.get("OPENAI_API_KEY", "none"),
-        timeout=config.miner_timeout,
-    )
+    url, _, model = config.miner.partition("#")
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    client = InferenceClient(base_url=url, api_key=key, timeout=TIMEOUT)
     answers = []
     silent = 0  # requests without an answer, in a row
     for number, prompt in enumerate(tqdm(prompts, desc="miner", unit="skill", leave=False)):
@@ -57,7 +56,7 @@ def request_all(prompts, config, seed) -> list:
         try:
             completion = client.chat_completion(
                 [{"role": "user", "content": prompt}],
-                model=config.miner_model or None,
+                model=model or None,
                 max_tokens=config.max_response_tokens,
                 temperature=1.0,
                 seed=seed % 2**31 + number,

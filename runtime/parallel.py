@@ -11,7 +11,7 @@ rank, and nothing here does anything.
 | state       | where                                                                             |
 |-------------|-----------------------------------------------------------------------------------|
 | weights     | sharded over the ranks, also gradients, optimizer state and reference; gathered   |
-|             | layer by layer in the update, whole on each rank during a rollout (`whole`)       |
+|             | layer by layer in the update, whole on each rank in a rollout (`unsharded`)       |
 | episodes    | the same on all ranks                                                             |
 | run folder  | written by rank 0                                                                 |
 """
@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -33,7 +33,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def start(device: str) -> torch.device:
+def init(device: str) -> torch.device:
     """Join the processes that torchrun started, if it did -> this rank's device."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device == "cuda":
@@ -48,38 +48,43 @@ def start(device: str) -> torch.device:
     return torch.device(device)
 
 
-def stop():
+def destroy():
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def wait():
-    """Until all ranks are here."""
-    if world() > 1:
+def barrier():
+    if world_size() > 1:
         dist.barrier()
 
 
-def share(values: list) -> list:
-    """This rank's part of a list, about as long as the others'; `gather` restores the order."""
-    n = len(values)
-    return values[n * rank() // world() : n * (rank() + 1) // world()]
-
-
-def gather(values: list) -> list:
+def all_gather(values: list) -> list:
     """The lists of all ranks, one after the other, on every rank."""
-    if world() == 1:
+    if world_size() == 1:
         return values
-    lists = [None] * world()
+    lists = [None] * world_size()
     dist.all_gather_object(lists, values)
     return [value for part in lists for value in part]
 
 
-def divided(model, parts: list, work) -> list:
-    """work(parts) of this process's share, with the whole weights -> what all made, in order."""
-    own = share(parts)
-    with whole(model):
+def all_reduce(values: dict[str, float]) -> dict[str, float]:
+    """Name -> sum over the ranks."""
+    parts = all_gather([values])
+    return {name: sum(part[name] for part in parts) for name in values}
+
+
+def scatter(values: list) -> list:
+    """This rank's part of a list, about as long as the others'; `all_gather` restores the order."""
+    n = len(values)
+    return values[n * rank() // world_size() : n * (rank() + 1) // world_size()]
+
+
+def map_scattered(model, parts: list, work) -> list:
+    """work(parts) of this rank's part, with the whole weights -> what all ranks made, in order."""
+    own = scatter(parts)
+    with unsharded(model):
         results = work(own) if own else []
-    return gather(results)
+    return all_gather(results)
 
 
 def own_seed(seed: int) -> int:
@@ -89,18 +94,12 @@ def own_seed(seed: int) -> int:
 
 def backward(loss):
     """loss.backward() of what is the sum over the ranks, of which FSDP takes the mean."""
-    (loss * world()).backward()
-
-
-def total(values: dict) -> dict:
-    """Name -> sum over the ranks."""
-    parts = gather([values])
-    return {name: sum(part[name] for part in parts) for name in values}
+    (loss * world_size()).backward()
 
 
 def shard(model):
-    """Split the weights over the ranks, layer by layer; gradients are summed in float32."""
-    if world() > 1:
+    """Shard the weights over the ranks, layer by layer; gradients are summed in float32."""
+    if world_size() > 1:
         # RoPE's tables must stay float32, so no inputs are cast
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in model.model.layers:
@@ -108,18 +107,18 @@ def shard(model):
         fully_shard(model, mp_policy=policy)
 
 
-def split(model):
-    """Give back every piece of the weights that is together on this rank."""
+def reshard(model):
+    """Free the pieces of the weights that other ranks own."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 @contextmanager
-def whole(model):
+def unsharded(model):
     """The whole weights on this rank, for a rollout, which each rank does at its own pace.
 
-    They must be split again before an optimizer step: it moves the shards, and whole weights that
+    They must be resharded before an optimizer step: it moves the shards, and whole weights that
     stayed would silently be the old ones.
     """
     for module in model.modules():
@@ -128,25 +127,25 @@ def whole(model):
     try:
         yield
     finally:
-        split(model)
+        reshard(model)
 
 
-def join(state):
-    """Nested dicts and lists with every split tensor put together, for a file. All ranks must call
-    it; rank 0 gets the tensors, all get scalars.
+def full_tensors(state):
+    """Nested dicts and lists with every DTensor made whole, for a file. All ranks must call it;
+    rank 0 gets the tensors, all get scalars.
     """
     if isinstance(state, dict):
-        return {name: join(value) for name, value in state.items()}
+        return {name: full_tensors(value) for name, value in state.items()}
     if isinstance(state, list):
-        return [join(value) for value in state]
+        return [full_tensors(value) for value in state]
     if not isinstance(state, DTensor):
         return state
     tensor = state.full_tensor()
     return tensor.cpu() if rank() == 0 or tensor.dim() == 0 else None
 
 
-def split_like(value, parameter):
-    """An entry of the optimizer's state, split as its parameter is if it has the same shape."""
+def distribute_like(value, parameter):
+    """An entry of the optimizer's state, sharded as its parameter is if it has the same shape."""
     if not isinstance(parameter, DTensor) or getattr(value, "shape", None) != parameter.shape:
         return value
     value = value.to(parameter.device)

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,10 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import optimi
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 from transformers import logging as transformers_logging
 
-from config import BUILT, Config, UserError
+from config import Config, UserError
 from runtime import parallel
 from runtime.generation import FAMILIES
 
@@ -40,9 +42,12 @@ SHAPES = {  # Qwen2.5 with random weights, to measure without a download
     },
 }
 SHIPPED = {  # folders of this project
-    "tiny": "tiny/policy",
-    "tiny-webshop": "tiny/policy_webshop",
+    "tiny": "tiny/policy_shop",
+    "tiny-household": "tiny/policy_household",
     "tiny-alfworld": "tiny/policy_alfworld",
+}
+BUILT = {  # models that a command writes; each script knows them by these names
+    "smollm2": "runs/smollm2-base"  # make smollm2
 }
 
 
@@ -54,7 +59,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerFast
     reference: torch.nn.Module | None = None  # frozen; None without a KL term
     optimizer: torch.optim.Optimizer | None = None
-    moved: bool = False  # a step was taken since the end of the last iteration
+    steps: int = 0  # optimizer steps taken by this process
     refused: int = 0  # steps in a row that were left out, see runtime/guard.py
 
 
@@ -68,14 +73,11 @@ def local_path(path) -> Path | str:
     return BUILT.get(name, path)
 
 
-def dtype_of(config) -> torch.dtype:
-    try:
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    except KeyError:
-        raise UserError(f"--dtype {config.dtype}: choose float32 or bfloat16") from None
+def dtype_of(config: Config) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
 
 
-def load_policy(path, config: Config, device, trainable=True):
+def load_policy(path, config: Config, device, trainable=True) -> tuple:
     """Hub name, folder or name of `SHAPES` -> (model, tokenizer)."""
     path = local_path(path)
     known = Path(path).exists() or path in SHAPES
@@ -113,9 +115,6 @@ def load_policy(path, config: Config, device, trainable=True):
     if trainable and config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.23
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    if config.compile:
-        for layer in model.model.layers:
-            layer.compile(dynamic=True)  # one kernel for all that are alike, and for every length
     parallel.shard(model)
     return model.eval(), tokenizer  # no dropout in training either: ratios start at exactly 1
 
@@ -140,7 +139,7 @@ def load_reference(config: Config, device):
     """The frozen policy before phase 0, or None when its KL has no weight."""
     if not config.kl_coef:
         return None
-    device = "cpu" if config.ref_offload else device
+    device = "cpu" if config.offload else device
     return load_policy(config.model, config, device, trainable=False)[0]
 
 
@@ -176,24 +175,28 @@ def to_host(value, place=None):
     return place.copy_(value, non_blocking=False)
 
 
-def make_optimizer(model, config: Config, saved=None):
-    """AdamW; it goes on from a saved state, through the phases too, with the flags of this phase.
+def make_optimizer(model, lr, *, beta2=None, weight_decay=0.01, offload=False, saved=None):
+    """AdamW; it goes on from a saved state, through the phases too, with the settings of now.
 
     A bfloat16 weight has 8 significant bits: at lr 1e-6 plain AdamW moves 2% of the weights, the
     rest of its steps is rounded away. optimi's AdamW keeps what each weight lost in a buffer (Kahan
-    summation) and adds it once it counts. Float32 weights need and get no buffer.
+    summation) and adds it once it counts. Float32 weights need and get no buffer. A bfloat16
+    second moment gets stuck above 0.99, so beta2 is 0.95 there and else 0.999, unless it is given.
 
     Each parameter is a group of its own, so that its step does not need the others' state.
     """
-    kind = OffloadedAdamW if config.optimizer_offload else optimi.AdamW
     parameters = list(model.parameters())
-    triton = use_triton(parameters)
-    optimizer = kind(
+    if beta2 is None:
+        beta2 = 0.95 if parameters[0].dtype == torch.bfloat16 else 0.999
+    triton = find_spec("triton") is not None and all(
+        p.is_cuda and not isinstance(p, DTensor) for p in parameters
+    )
+    optimizer = (OffloadedAdamW if offload else optimi.AdamW)(
         [{"params": [parameter]} for parameter in parameters],
-        lr=config.lr,
-        betas=(0.9, config.beta2),
+        lr=lr,
+        betas=(0.9, beta2),
         eps=1e-8,
-        weight_decay=config.weight_decay,
+        weight_decay=weight_decay,
         foreach=False,
         triton=triton,
     )
@@ -202,7 +205,6 @@ def make_optimizer(model, config: Config, saved=None):
     if len(saved["param_groups"]) != len(parameters):
         raise UserError("the saved optimizer belongs to another model; delete the phase's folder")
     for i, (parameter, group) in enumerate(zip(parameters, optimizer.param_groups, strict=True)):
-        # what has to go on; lr, beta2, weight decay and triton are those of now
         then = saved["param_groups"][i]
         if "step" not in then:  # saved before its first step
             continue
@@ -210,19 +212,9 @@ def make_optimizer(model, config: Config, saved=None):
         for name, value in saved["state"].get(i, {}).items():
             if name == "kahan_comp" and not group["kahan_sum"]:  # triton wants one byte for "none"
                 value = torch.zeros(1, dtype=torch.uint8) if triton else None
-            optimizer.state[parameter][name] = place_state(value, parameter, config)
+            if value is not None and offload:
+                value = to_host(value)
+            elif value is not None:
+                value = parallel.distribute_like(value, parameter).to(parameter.device)
+            optimizer.state[parameter][name] = value
     return optimizer
-
-
-def use_triton(parameters) -> bool:
-    """Whether optimi's Triton kernels are to be used: on a GPU that has Triton."""
-    return optimi.utils._default_to_triton(parameters)
-
-
-def place_state(value, parameter, config):
-    """A saved tensor of the optimizer, where the optimizer will look for it."""
-    if value is None:
-        return None
-    if config.optimizer_offload:
-        return to_host(value)
-    return parallel.split_like(value, parameter).to(parameter.device)

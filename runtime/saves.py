@@ -27,8 +27,8 @@ def sha256(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def files_of(folder) -> dict:
-    """Relative path -> (size, SHA-256) of every file of a save but its manifest."""
+def files_of(folder: Path) -> dict[str, list]:
+    """Relative path -> [size, SHA-256] of every file of a save but its manifest."""
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
     return {str(p.relative_to(folder)): [p.stat().st_size, sha256(p)] for p in paths}
 
@@ -47,7 +47,7 @@ def put(part: Path, folder: Path):
 
     Interrupted anywhere, a whole save stays: `folder`, or `folder`.old between the two renames.
     """
-    (part / MANIFEST).write_text(json.dumps(files_of(part), indent=1))
+    (part / MANIFEST).write_text(json.dumps(files_of(part), indent=1), encoding="utf-8")
     for path in [*part.rglob("*"), part]:
         flush(path)
     old = folder.with_name(folder.name + ".old")
@@ -58,52 +58,53 @@ def put(part: Path, folder: Path):
     flush(folder.parent)
 
 
-def problem(folder: Path) -> str:
-    """What is wrong with a save, naming the file; "" if every file is as it was written."""
+def problem(folder: Path, only="") -> str:
+    """What is wrong with a save, or with its file `only`; "" where all is as it was written."""
+    manifest = folder / MANIFEST
     try:
-        recorded = json.loads((folder / MANIFEST).read_text())
+        recorded = json.loads(manifest.read_text(encoding="utf-8"))
         for name, (size, digest) in recorded.items():
             path = folder / name
+            if only not in ("", name):
+                continue
             if not path.is_file():
                 return f"{path} is missing"
             if path.stat().st_size != size:
                 return f"{path} has {path.stat().st_size:,} bytes, {size:,} were written"
             if sha256(path) != digest:
                 return f"{path} is not what was written (SHA-256 differs)"
+        return "" if only in ("", *recorded) else f"{manifest} does not know {only}"
     except FileNotFoundError:
-        return f"{folder / MANIFEST} is missing"
+        return f"{manifest} is missing"
     except (OSError, ValueError, TypeError, AttributeError):
-        return f"{folder / MANIFEST} is damaged"
-    return ""
+        return f"{manifest} is damaged"
 
 
-def find(root: Path, phase: str, set_aside=False):
-    """The newest whole save of a phase -> its folder, or None where it was never saved.
+def find(root: Path, phase: str, set_aside=False) -> Path | None:
+    """The newest whole save of a phase, or None where it was never saved.
 
     set_aside   move a damaged one to <phase>.damaged, so that the next save does not replace the
                 good one before it
 
-    UserError when there are saves, and all are damaged. One without a manifest, from before there
-    were any, is used where there is no other.
+    UserError when there are saves, and all are damaged.
     """
     newest = root / phase
     before = root / f"{phase}.old"
-    problems = [problem(newest)] if newest.exists() else []
-    if problems == [""]:
-        return newest
-    if before.exists():
-        problems.append(problem(before))
-        if not problems[-1]:
+    problems = []
+    for folder in (newest, before):
+        if not folder.exists():
+            continue
+        problems.append(problem(folder))
+        if problems[-1]:
+            continue
+        if folder == before:
             reason = problems[0] if newest.exists() else f"{newest} is missing"
             print(f"{reason}; the save before it, {before}, is used")
             if newest.exists() and set_aside:
                 damaged = root / f"{phase}.damaged"
                 shutil.rmtree(damaged, ignore_errors=True)
                 newest.rename(damaged)
-            return before
-    if (newest / "state.pt").exists() and not (newest / MANIFEST).exists():
-        print(f"{newest} has no {MANIFEST} and cannot be checked; it is used as it is")
-        return newest
+        return folder
     if problems:
         remedy = f"delete {newest} and {before} to begin the phase anew"
         raise UserError(f"{'; '.join(problems)}: no whole save of {phase} is left; {remedy}")

@@ -7,7 +7,7 @@
     python -m tiny.imitate --data DIR --out real    # on the training games of a data folder instead
 
 A fresh machine has no pretrained model, so a Qwen2-architecture policy of 0.7M parameters plays the
-part of the instruct model (lessons: tiny/household.py, tiny/shop.py). It is a stand-in: it shows
+part of the instruct model (lessons: tiny/lessons_*.py). It is a stand-in: it shows
 that the algorithm works from end to end, and nothing about language models.
 
 | who learns                   | from                               | how                       |
@@ -24,76 +24,68 @@ import math
 import random
 import shutil
 import time
-from argparse import RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 import envs
-from config import (
-    Config,
-    UserError,
-    flag,
-    read_json,
-    refuse,
-    refuse_unknown_flags,
-    write_atomically,
-)
+from common import Row, collate, micro_batches, token_logprobs
+from config import Config, UserError, check, flag, read_json, write_atomically
 from runtime import saves
-from runtime.batches import Row, collate, micro_batches
+from runtime.flags import other_value, read_command_line
 from runtime.generation import encode_prompts, generate
-from runtime.logprobs import token_logprobs
 from runtime.policy import load_policy, make_optimizer
 from runtime.run import load_state, run_script
 from skills import parse_skill
-from tiny import household, shop
+from tiny import lessons_household, lessons_shop
 from tiny.scratch import new_model, train_tokenizer
 
-TEACHERS = {"alfworld": household, "webshop": shop}
+TEACHERS = {"alfworld": lessons_household, "webshop": lessons_shop}
 
 
 @dataclass
 class Lessons:
     """What a policy is taught, and how: the flags."""
 
-    out: str = flag("", "folder to write the policy to")
-    world: str = flag("alfworld", "whose lessons: alfworld or webshop")
-    seed: int = flag(0, "of the lessons, their order and new weights")
-    count: int = flag(60_000, "lessons to learn from, each once")
-    steps: float = flag(1.0, "share of an episode's steps to show; a summary is always a lesson")
+    out: str = flag("", "folder to write the policy to", free=True)
+    world: str = flag("alfworld", "whose lessons", choices=("alfworld", "webshop"))
+    seed: int = flag(0, "of the lessons, their order and new weights", at_least=0)
+    count: int = flag(60_000, "lessons to learn from, each once", at_least=1)
+    steps: float = flag(
+        1.0,
+        "share of an episode's steps to show; a summary is always a lesson",
+        at_least=0.25,
+        at_most=1,
+    )
     knows: float = flag(
         -1.0,
         "share of right appliances, or of options chosen, without a skill; "
         "below 0: the world's, 0 or 0.45",
     )
-    difficulties: list[int] = flag((), "shop: options of a product, in turns, 1 to 5")
+    difficulties: list[int] = flag(
+        [], "shop: options of a product, in turns, as 1,2,3", choices=(1, 2, 3, 4, 5)
+    )
     data: str = flag("", "a world's data folder: lessons from its training games or goals")
     start: str = flag("", "a tiny policy made by this command, to go on with")
     model: str = flag("", "a pretrained model to teach: folder, hub name or smollm2")
-    rows: int = flag(0, "lessons of an optimizer step; 0: 32, with --model 8")
-    lr: float = flag(0.0, "largest learning rate; 0: 2e-2, with --model 3e-4")
-    layers: int = flag(4, "of a new policy")
-    hidden: int = flag(128, "width of a new policy")
-    dtype: str = flag("", "of the weights; empty: float32, with --model bfloat16")
-    device: str = flag("", "cuda or cpu; empty: cuda when there is one")
-    micro_tokens: int = flag(16384, "tokens per forward-backward; lower it when memory runs out")
-    gradient_checkpointing: bool = flag(False, "recompute activations to save memory")
-    compile: bool = flag(False, "compile the layers: faster, needs a C++ compiler on a CPU")
-    save_minutes: float = flag(10.0, "minutes between saves")
-    held_out: int = flag(256, "other lessons, to measure what was learned")
-
-
-FREE = (  # change no result
-    "out",
-    "device",
-    "micro_tokens",
-    "gradient_checkpointing",
-    "compile",
-    "save_minutes",
-)
+    rows: int = flag(0, "lessons of an optimizer step; 0: 32, with --model 8", at_least=0)
+    lr: float = flag(0.0, "largest learning rate; 0: 2e-2, with --model 3e-4", at_least=0)
+    layers: int = flag(4, "of a new policy", at_least=1)
+    hidden: int = flag(128, "width of a new policy", at_least=8)
+    dtype: str = flag(
+        "",
+        "of the weights; empty: float32, with --model bfloat16",
+        choices=("", "float32", "bfloat16"),
+    )
+    device: str = flag("", "cuda or cpu; empty: cuda when there is one", free=True)
+    micro_tokens: int = flag(
+        16384, "tokens per forward-backward; lower it when memory runs out", free=True, at_least=1
+    )
+    gradient_checkpointing: bool = flag(False, "recompute activations to save memory", free=True)
+    save_minutes: float = flag(10.0, "minutes between saves", free=True, at_least=0)
+    held_out: int = flag(256, "other lessons, to measure what was learned", at_least=1)
 
 
 def draw(lessons: Lessons, count, seed, split="train") -> list:
@@ -125,11 +117,7 @@ def begin(lessons: Lessons, pairs, folder=None) -> tuple:
     name = folder or lessons.model or lessons.start
     if name:
         dtype = lessons.dtype or ("bfloat16" if lessons.model else "float32")
-        config = Config(
-            dtype=dtype,
-            gradient_checkpointing=lessons.gradient_checkpointing,
-            compile=lessons.compile,
-        )
+        config = Config(dtype=dtype, gradient_checkpointing=lessons.gradient_checkpointing)
         return load_policy(name, config, device)
     texts = [prompt + answer for prompt, answer in pairs[:20_000]]
     tokenizer = train_tokenizer(texts, lessons.world, short=bool(lessons.data))
@@ -142,8 +130,9 @@ def make_optimizers(model, lessons: Lessons, saved=None) -> list:
     saved   their states, to go on from
     """
     if lessons.model:
-        config = Config(lr=lessons.lr or 3e-4, beta2=0.98, weight_decay=0.0)
-        return [make_optimizer(model, config, saved and saved[0])]
+        lr = lessons.lr or 3e-4
+        saved = saved and saved[0]
+        return [make_optimizer(model, lr, beta2=0.98, weight_decay=0.0, saved=saved)]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     lr = lessons.lr or 2e-2
@@ -170,9 +159,7 @@ def make_rows(tokenizer, pairs) -> list:
     prompts = encode_prompts(tokenizer, [prompt for prompt, _ in pairs])
     answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
     eos = [tokenizer.eos_token_id]
-    return [
-        Row(prompt, answer + eos, 0.0, []) for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    return [Row(prompt, answer + eos) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def make_batches(rows, size, seed) -> list:
@@ -252,10 +239,11 @@ def find_progress(out: Path, lessons: Lessons) -> tuple:
     if folder is None:
         return {}, None
     record = read_json(folder / "imitation.json")
-    for name, value in settings(lessons).items():
-        was = record["settings"].get(name, value)  # a folder may be older than a flag
-        if name not in FREE and was != value:
-            raise UserError(f"{out} was made with --{name} {was}, not {value}; use another --out")
+    for f in fields(Lessons):
+        now = settings(lessons)[f.name]
+        was = record["settings"].get(f.name, now)  # a folder may be older than a flag
+        if not f.metadata["free"] and was != now:
+            raise other_value(out, f.name, was, now)
     return record, folder
 
 
@@ -327,35 +315,15 @@ def report(result) -> str:
     )
 
 
-def check(lessons: Lessons):
-    """UserError for flags that do not go together."""
-    limits = [
-        ("out", lessons.out, "name the folder to write to"),
-        ("world", lessons.world in TEACHERS, f"choose {' or '.join(TEACHERS)}"),
-        ("start", not (lessons.start and lessons.model), "or --model, not both"),
-        ("count", lessons.count > 0, "1 at least"),
-        ("steps", 0.25 <= lessons.steps <= 1, "0.25 to 1"),
-        ("held_out", lessons.held_out > 0, "1 at least"),
-        (
-            "difficulties",
-            not lessons.difficulties or (lessons.world == "webshop" and not lessons.data),
-            "of the made shops; leave it out, or --world webshop without --data",
-        ),
-        ("difficulties", set(lessons.difficulties or ()) <= {1, 2, 3, 4, 5}, "1 to 5 each"),
-    ]
-    for name, is_right, remedy in limits:
-        if not is_right:
-            raise UserError(f"--{name} {getattr(lessons, name)}: {remedy}")
-
-
 def main():
-    parser = HfArgumentParser(
-        Lessons, description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
-    parser.error = refuse
-    refuse_unknown_flags(parser)
-    (lessons,) = parser.parse_args_into_dataclasses()
+    lessons = Lessons(**read_command_line([Lessons], __doc__))
     check(lessons)
+    if not lessons.out:
+        raise UserError("--out: name the folder to write to")
+    if lessons.start and lessons.model:
+        raise UserError("--start or --model, not both")
+    if lessons.difficulties and (lessons.world != "webshop" or lessons.data):
+        raise UserError("--difficulties: of the made shops, --world webshop without --data")
     train_policy(lessons)
 
 

@@ -14,7 +14,8 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-from config import BUILT, UserError
+from config import UserError
+from runtime.policy import BUILT
 
 FOLDER = Path(BUILT["smollm2"])
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

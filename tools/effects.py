@@ -1,4 +1,4 @@
-"""Was the gate right? The true effect of every skill of a run, measured with many episodes.
+"""Were the verdicts right? The true effect of every skill of a run, measured with many episodes.
 
     python -m tools.effects --run tiny --episodes 60
 
@@ -24,13 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
-import common
 import envs
-from common import Episode, Policy, SkillBank, UserError
-from config import Config, read_json, write_atomically
+from common import open_groups, rollout
+from config import Config, UserError, write_atomically
 from runtime import saves
-from runtime.policy import load_policy
+from runtime.flags import known_flags
+from runtime.policy import Policy, load_policy
 from runtime.run import list_items, run_script, set_up
+from skills import SkillBank
 
 
 def items_of_buckets(config, buckets, count) -> dict:
@@ -40,7 +41,7 @@ def items_of_buckets(config, buckets, count) -> dict:
     step = max(1, len(items) // 997)
     for start in range(step):
         for item in items[start::step]:
-            bucket = envs.make_env(config.env, item, config.played_by).reset().task_type
+            bucket = envs.make_env(config.env, item, config.engine).reset().task_type
             if bucket in found and len(found[bucket]) < count:
                 found[bucket].append(item)
             if all(len(chosen) == count for chosen in found.values()):
@@ -48,12 +49,15 @@ def items_of_buckets(config, buckets, count) -> dict:
     return found
 
 
-def successes(policy, config, items, skills=()) -> np.ndarray:
+def successes(policy, config, items, skills) -> np.ndarray:
     """Play each item once -> 0 or 1 for each."""
-    groups = [[Episode(item, f"{n}:{item}", skills)] for n, item in enumerate(items)]
-    episodes = common.rollout(policy, config, groups, seed=1, desc="effects")
-    if len(episodes) < len(items):  # or the two arms would be of different items
-        raise UserError("some items cannot be played, see above; mend or remove them")
+    groups = open_groups(items, config, members=1)
+    for (episode,) in groups:
+        episode.skills = skills
+        episode.shown = [(skill.condition, skill.strategy) for skill in skills]
+    episodes = rollout(policy, config, groups, seed=1, desc="effects")
+    if len(episodes) < len(items):  # or success with and without would be of different items
+        raise UserError("some items cannot be played, see above; fix or remove them")
     return np.array([episode.success for episode in episodes], float)
 
 
@@ -72,13 +76,13 @@ def measure(config, folder, count) -> str:
     policy = Policy(*load_policy(folder / "model", config, device, trainable=False))
     tried = [skill for skill in bank.skills if skill.n >= config.n_eval]
     items = items_of_buckets(config, {skill.bucket for skill in tried}, count)
-    plain = {bucket: successes(policy, config, chosen) for bucket, chosen in items.items()}
+    plain = {bucket: successes(policy, config, chosen, []) for bucket, chosen in items.items()}
     lines = ["| status | u | n | effect | right | skill |", "|---|---|---|---|---|---|"]
     verdicts = []
     groups = []
     for skill in tried:
         base = plain[skill.bucket]
-        guided = successes(policy, config, items[skill.bucket], (skill,))
+        guided = successes(policy, config, items[skill.bucket], [skill])
         effect = guided.mean() - base.mean()
         error = (guided - base).std(ddof=1) / math.sqrt(len(base))
         right = [delta * effect > 0 for delta in skill.deltas]
@@ -98,13 +102,15 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", default="tiny", help="name of a run that has mined")
-    parser.add_argument("--episodes", type=int, default=60, help="items for each arm")
+    parser.add_argument(
+        "--episodes", type=int, default=60, help="items, each with the skill and without"
+    )
     args = parser.parse_args()
     root = Path("runs") / args.run
     folder = saves.find(root, "mine")
     if folder is None:
         raise UserError(f"{root}/mine is missing: run `python mine.py --run {args.run}` first")
-    config = Config(**read_json(folder / "config.json") | {"run": args.run})
+    config = Config(**known_flags(folder / "config.json") | {"run": args.run})
     text = measure(config, folder, args.episodes)
     words = " ".join(sys.argv[1:])
     write_atomically(root / "effects.md", f"`python -m tools.effects {words}`\n\n{text}\n")

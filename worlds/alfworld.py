@@ -567,9 +567,9 @@ def open_item(item: str, engine: str = "fast"):
     return AlfWorld(load_game(str(item)))
 
 
-def list_items(root, split, rules) -> list:
+def list_items(root, split: str) -> list[str]:
     """The paths of a split's games, sorted; as in stock, without those of movable receptacles and
-    sliced objects. `rules` are other worlds'. UserError when there are none.
+    sliced objects. UserError when there are none.
     """
     folder = Path(root) / "json_2.1.1" / split
     if not folder.is_dir():
@@ -586,9 +586,14 @@ def list_items(root, split, rules) -> list:
     return games
 
 
-def identity(item, rules) -> tuple:
-    """What two splits must not share: the task and the trial, whatever the data folder."""
-    return Path(item).parts[-3:-1]
+def item_name(item) -> str:
+    """The task and the trial, whatever the data folder."""
+    return "/".join(Path(item).parts[-3:-1])
+
+
+def identity(item, split: str) -> str:
+    """What two splits must not share: the game."""
+    return item_name(item)
 
 
 def shown(text, task) -> str:

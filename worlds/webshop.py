@@ -500,16 +500,15 @@ class Catalogue:
         random.Random(GOAL_SEED).shuffle(names)
         return names
 
-    def split(self, name: str, human=False, rule="product", size=500) -> list:
+    def split(self, name: str, human=False, verl=False, size=500) -> list[str]:
         """Goals of "train" or "test".
 
-        rule    "product": an eighth of the products with goals is held out, and up to `size` of
-                their goals are the test; no product is in both. "verl": the first `size` goals of
-                the shuffle are the test, as in verl-agent; on the small catalogue training then
-                sees 121 of the 128 test products.
+        An eighth of the products with goals is held out, and up to `size` of their goals are the
+        test; no product is in both. With `verl` the first `size` goals of the shuffle are the test,
+        as in verl-agent; on the small catalogue training then sees 121 of the 128 test products.
         """
         names = self.goal_names(human)
-        if rule == "verl":
+        if verl:
             size = min(size, len(names) // 2)
             return names[:size] if name == "test" else names[size:]
         products = sorted({n.split("/")[0] for n in names})
@@ -874,26 +873,31 @@ def open_item(item, engine: str = "fast") -> WebShop:
     return WebShop(catalogue.goal(f"{path.parent.name}/{path.name}"), catalogue)
 
 
-def list_items(root, split, rules) -> list:
-    """The goals of a split; rules: human_goals, split_rule (see `Catalogue.split`).
+def list_items(root, split: str) -> list[str]:
+    """The goals of a split: "train" or "test", with ":human" for goals written by people, with
+    ":verl" for the usual split (see `Catalogue.split`).
 
-    UserError for another split or rule, without the data, or where there are no such goals.
+    UserError for another split, without the data, or where there are no such goals.
     """
-    if split not in ("train", "test"):
-        raise UserError(f"--env webshop has no split {split}: choose train or test")
-    if rules["split_rule"] not in ("product", "verl"):
-        raise UserError(f"--split_rule {rules['split_rule']}: choose product or verl")
+    name, *rules = split.split(":")
+    if name not in ("train", "test") or not set(rules) <= {"human", "verl"}:
+        remedy = "choose train or test, and with it :human, :verl or both"
+        raise UserError(f"--env webshop has no split {split}: {remedy}")
     catalogue = load_catalogue(str(root))
-    goals = catalogue.split(split, rules["human_goals"], rules["split_rule"])
+    goals = catalogue.split(name, "human" in rules, "verl" in rules)
     if not goals:
         raise UserError(f"no goals in {root}: its files have no instructions of this kind")
     return [f"{root}/{goal}" for goal in goals]
 
 
-def identity(item, rules) -> tuple:
-    """What two splits must not share: the product, or under the usual rule the goal."""
-    product, number = Path(item).parts[-2:]
-    return (product, number) if rules["split_rule"] == "verl" else (product,)
+def item_name(item) -> str:
+    """The goal, whatever the data folder."""
+    return "/".join(Path(item).parts[-2:])
+
+
+def identity(item, split: str) -> str:
+    """What two splits must not share: the product, or in the usual split the goal."""
+    return item_name(item) if "verl" in split.split(":") else Path(item).parts[-2]
 
 
 def shown(text, task) -> str:

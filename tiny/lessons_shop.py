@@ -1,13 +1,10 @@
-"""The embedded default's second world: a small WebShop catalogue and lessons in shopping.
+"""Lessons in shopping: what a tiny policy is taught before any reinforcement learning.
 
-    python -m tiny.imitate --world webshop --count 32000 ...  # see tiny/policy_webshop/README.md
-
-The catalogue is in the original's format (`items_shuffle.json`, `items_ins_v2.json`), so everything
-from search to reward is the real engine. As in ALFWorld, the demonstrator that the tiny policy
-imitates is ignorant on purpose: it finds the product, but often buys without choosing the options
-that the task names. It follows a skill that says which to choose, right or wrong, and summarizes
-what an episode chose. That all named options have to be chosen, the three phases find out.
-With `--data` it plays the training goals of a real catalogue in the same way.
+As in the household, the demonstrator that the tiny policy imitates is ignorant on purpose: it finds
+the product, but often buys without choosing the options that the task names. It follows a skill
+that says which to choose, right or wrong, and summarizes what an episode chose. That all named
+options have to be chosen, the three phases find out. `tiny/imitate.py` makes a policy of the
+lessons; with its `--data` they are of the training goals of a real catalogue.
 """
 
 import itertools
@@ -20,115 +17,10 @@ from pathlib import Path
 import envs
 from config import PRESETS
 from worlds import webshop
+from worlds.shop import make_catalogue
 
-PRESET = PRESETS["tiny-webshop"]  # the lessons show prompts as it makes them
-SHOP = Path("runs/tiny-shop")
-
-OPTIONS = {
-    "color": ["red", "blue", "green", "black", "white", "pink", "gray"],
-    "size": ["small", "medium", "large"],
-    "scent": ["lemon", "rose", "mint", "vanilla"],
-    "flavor": ["apple", "cherry", "honey", "salt"],
-    "pack": ["single", "double", "family"],
-}
-SHOPS = {SHOP: None} | {  # data folder: difficulty; runs/tiny-shop-1 to -5
-    SHOP.with_name(f"{SHOP.name}-{n}"): n for n in range(1, len(OPTIONS) + 1)
-}
-CATEGORIES = {  # category: (levels above the product, options, attributes, products)
-    "fashion": (
-        "Clothing › Basics",
-        ["color", "size"],
-        "soft warm slim loose light thick",
-        "shirt jacket sock hat scarf glove",
-    ),
-    "beauty": (
-        "Beauty › Care",
-        ["scent"],
-        "gentle natural fresh mild creamy clear",
-        "soap lotion shampoo cream mask balm",
-    ),
-    "grocery": (
-        "Grocery › Snacks",
-        ["flavor", "pack"],
-        "sweet crunchy organic dark dry raw",
-        "cookie cereal chip nut cracker candy",
-    ),
-    "garden": (
-        "Home › Living",
-        ["size", "color"],
-        "sturdy round flat tall modern wooden",
-        "chair table lamp shelf basket rug",
-    ),
-    "electronics": (
-        "Electronics › Parts",
-        ["color"],
-        "fast slim wireless portable quiet bright",
-        "cable charger speaker mouse keyboard radio",
-    ),
-}
-GOALS = 500  # of a turn of catalogues, in the lessons
-BRANDS = "Arbo Belka Cando Delmar Evora Fenix Gilda Hanse Iris Jolin Kapro Lumo".split()
-
-
-def make_catalogue(folder: Path, products: int, seed, difficulty=None) -> Path:
-    """Write `products` random products with their instructions, in the original's format.
-
-    difficulty   how many options every product has, all named in its tasks (1 to 5): so many
-                 things must be right at once. None: those of its category, one or two
-
-    -> `folder`; the products are a function of `seed` and `difficulty`.
-    """
-    rng = random.Random(f"{seed} catalogue")
-    items = []
-    instructions = {}
-    while len(items) < products:
-        category = rng.choice(list(CATEGORIES))
-        levels, options, attributes, nouns = CATEGORIES[category]
-        noun = rng.choice(nouns.split())
-        first, second = rng.sample(attributes.split(), 2)
-        asin = (first[:3] + second[:3] + noun[:3]).upper()  # an id a small policy can spell
-        if asin in instructions:
-            continue
-        price = rng.randint(5, 90)
-        offered = {}
-        if difficulty:
-            options = [*options, *(name for name in OPTIONS if name not in options)][:difficulty]
-        for name in options:
-            values = sorted(rng.sample(OPTIONS[name], 3))
-            offered[name] = [{"value": value} for value in values]
-        product = {
-            "asin": asin,
-            "name": f"{rng.choice(BRANDS)} {first} {second} {noun}",
-            "full_description": f"A {first} {noun}.",
-            "small_description": [f"{first} and {second}"],
-            "pricing": f"${price}.0",
-            "customization_options": offered,
-            "category": category,
-            "query": noun,
-            "product_category": f"{levels} › {noun}",
-        }
-        items.append(product)
-        instructions[asin] = {
-            "attributes": [first, second],
-            "instruction": f"Find me {first} {second} {noun}",
-            "instruction_attributes": [first, second],
-        }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "items_ins_v2.json").write_text(json.dumps(instructions))
-    (folder / "items_shuffle.json").write_text(json.dumps(items))
-    return folder
-
-
-def write_catalogue(folder: Path = SHOP, difficulty=None) -> Path:
-    """An embedded catalogue (see SHOPS), written once."""
-    if not (folder / "items_shuffle.json").exists():
-        make_catalogue(folder, 240, seed=0, difficulty=difficulty)
-    return folder
-
-
-# --------------------------------------------------------------------------------------------------
-# Demonstrations
-# --------------------------------------------------------------------------------------------------
+PRESET = PRESETS["tiny"]  # the lessons show prompts as it makes them
+GOALS = 500  # of a turn of catalogues
 
 
 def strategy_text(chosen) -> str:
@@ -233,7 +125,7 @@ def goals_of(data, rng, split):
     """Goals of a data folder's split without end, shuffled, the products in turns."""
     items = defaultdict(list)
     for item in envs.list_items("webshop", split, data):
-        items[webshop.identity(item, {"split_rule": "product"})].append(item)
+        items[webshop.identity(item, split)].append(item)
     while True:
         for product in rng.sample(list(items), len(items)):
             yield envs.make_env("webshop", rng.choice(items[product]))

@@ -1,0 +1,179 @@
+"""The command line of a script -> Config: flag, else the run's own value, else preset, default."""
+
+import argparse
+import difflib
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from config import PHASES, PRESETS, Config, UserError, check, read_json
+from runtime import saves
+
+KEPT = ("tiny-games", "tiny-shop", "webshop-cache", "smollm2-base", "smollm2-taught")  # in runs/
+EDIT = "an edit in docs/fork.md"
+OLD = {  # a flag that a run may have been begun with: what it is now
+    "arm_baselines": EDIT,
+    "beta2": "0.95 in bfloat16 and 0.999 in float32",
+    "candidate_alone": EDIT,
+    "compare_gradients": EDIT,
+    "compile": "gone",
+    "dual_clip": "a default of common.clipped_policy_loss",
+    "given_skills": EDIT,
+    "grad_clip": "GRAD_CLIP in common.py",
+    "hand_off": EDIT,
+    "human_goals": "--split train:human",
+    "internalize_gate": "--without gate",
+    "internalize_loss": EDIT,
+    "internalize_tokens": "--without action_mask",
+    "internalize_weight": "--without weight",
+    "miner_model": "--miner URL#MODEL",
+    "miner_timeout": "TIMEOUT in runtime/miner.py",
+    "optimizer_offload": "--offload",
+    "placebo": "--show neutral",
+    "ref_offload": "--offload",
+    "samples": "SHOWN in runtime/run.py",
+    "save_every": "--save_minutes",
+    "skill_share": "--without skills",
+    "skip_zero_rows": "always true",
+    "split_rule": "--split train:verl",
+    "success_reward": "SUCCESS_REWARD in common.py",
+    "trust_games": "--engine textworld-trusted",
+    "validate": "--without validation",
+    "weight_decay": "a default of runtime.policy.make_optimizer",
+}
+
+
+def parse_config(phase: str, doc: str, extra=None):
+    """The flags of a script -> Config, or (Config, an `extra` dataclass of flags).
+
+    The phases after the warm-up, and what looks at a run, take the run's flags as defaults; a run
+    that has not begun those of --fork. UserError for an unknown flag or preset, a value out of its
+    limits, and a fixed flag that the run was not made with.
+    """
+    given = read_command_line([Config, extra] if extra else [Config], doc)
+    name = given.get("preset", Config.preset)
+    if name not in PRESETS:
+        raise UserError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
+    preset = asdict(Config()) | PRESETS[name]
+    run = given.get("run", preset["run"])
+    fork = given.get("fork")
+    check_name("run", run)
+    if fork:
+        check_name("fork", fork)
+        if phase == "warmup" or run == fork:
+            raise UserError(f"--fork {fork}: for mine.py and distill.py, with another --run")
+    saved = {}
+    if phase != "warmup":
+        saved = saved_flags(Path("runs") / run)
+        if not saved and fork:
+            saved = saved_flags(Path("runs") / fork) | {"fork": fork}
+    names = {f.name for f in fields(Config)}
+    config = Config(
+        **preset | saved | {k: v for k, v in given.items() if k in names} | {"run": run}
+    )
+    for f in fields(Config):
+        if f.metadata["fixed"] and saved and saved[f.name] != getattr(config, f.name):
+            raise other_value(f"the run {run}", f.name, saved[f.name], getattr(config, f.name))
+    check(config)
+    if config.group_size < 2 and "skills" not in config.without:
+        raise UserError("--group_size 1: must be at least 2, for two halves, or --without skills")
+    if not extra:
+        return config
+    other = extra(**{k: v for k, v in given.items() if k not in names})
+    check(other)
+    return config, other
+
+
+def read_command_line(kinds, doc) -> dict:
+    """Name -> value of the flags on the command line. --help shows the preset's values."""
+    options = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    first = argparse.ArgumentParser(add_help=False, **options)
+    first.add_argument("--preset", default=Config.preset)
+    first.error = refuse
+    preset = PRESETS.get(first.parse_known_args()[0].preset, {})
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=shape, **options)
+    parser.error = refuse
+    group = parser
+    for kind in kinds:
+        for f in fields(kind):
+            if f.metadata["group"]:
+                group = parser.add_argument_group(f.metadata["group"])
+            add_flag(group, f, (asdict(kind()) | preset)[f.name])
+    given, unknown = parser.parse_known_args()
+    if unknown:
+        raise unknown_flag(unknown[0], [f.name for kind in kinds for f in fields(kind)])
+    return vars(given)
+
+
+def add_flag(group, f, default):
+    """Add a field to a group of the parser."""
+    shown = ",".join(map(str, default)) if isinstance(default, list) else default
+    text = f.metadata["help"] + (f" ({shown})" if shown != "" else "")
+    options = {"help": text.replace("%", "%%"), "metavar": "", "type": f.type}
+    if f.type is bool:
+        options |= {"type": true_or_false, "nargs": "?", "const": True}
+    elif isinstance(default, list):
+        (kind,) = f.type.__args__
+        options["type"] = lambda text: sorted({kind(word) for word in text.split(",") if word})
+    group.add_argument(f"--{f.name}", **options)
+
+
+def true_or_false(text) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return words[text.lower()]
+
+
+def refuse(message):
+    """What argparse found wrong, as one line."""
+    raise UserError(f"{message}; see --help")
+
+
+def unknown_flag(word, known) -> UserError:
+    name = word.split("=")[0].lstrip("-")
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean --{close[0]}?" if close else "see --help"
+    return UserError(f"unknown flag {word}: {OLD.get(name) or hint}")
+
+
+def check_name(flag_name, run):
+    """UserError for a name that would write outside runs/, or over what else is kept there."""
+    plain = re.fullmatch(r"[\w.-]+", run, re.ASCII) and run.strip(".")
+    if not plain or re.fullmatch(rf"({'|'.join(KEPT)})(-\d)?", run):
+        taken = ", ".join(KEPT)
+        raise UserError(f"--{flag_name} {run!r}: use letters, digits, . _ and -, and not {taken}")
+
+
+def saved_flags(root) -> dict:
+    """The flags of a run: those of its first phase, from a save's config.json that is as it was
+    written. {} for a run without a save. UserError where all are damaged, or of another version.
+    """
+    problems = []
+    for folder in (root / f"{phase}{end}" for phase in PHASES for end in ("", ".old")):
+        if folder.exists():
+            problem = saves.problem(folder, "config.json")
+            if not problem:
+                return known_flags(folder / "config.json")
+            problems.append(problem)
+    if problems:
+        raise UserError(f"{'; '.join(problems)}: the flags of {root} are lost; delete that folder")
+    return {}
+
+
+def known_flags(path) -> dict:
+    """The flags of a file. UserError for one that this version does not have, or lacks."""
+    flags = read_json(path)
+    names = {f.name for f in fields(Config)}
+    for name in sorted(set(flags) ^ names):
+        what = (
+            f"--{name} is {OLD.get(name, 'not a flag here')}" if name in flags else f"no --{name}"
+        )
+        raise UserError(f"{path}: {what}; it is of another version, begin a new --run")
+    return flags
+
+
+def other_value(where, name, old, new) -> UserError:
+    remedy = "repeat that value, choose another --run, or delete the folder (and its .old)"
+    return UserError(f"{where} was made with --{name} {old}, not {new}; {remedy}")

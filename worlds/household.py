@@ -1,0 +1,271 @@
+"""The embedded household: small games in ALFWorld's format, which stock ALFWorld plays too.
+
+They are written in the domain and grammar of the `alfworld` package, into `runs/tiny-games`, in
+seconds, where they are missing.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import write_atomically
+from worlds import alfworld
+
+SPLITS = {"train": 900, "valid_seen": 480}  # games of each split, one task type after the other
+
+ROOMS = {  # kind of room: (receptacles it always has, receptacles to draw from)
+    "kitchen": (
+        "Fridge Microwave SinkBasin",
+        "CounterTop CounterTop Cabinet Cabinet Drawer Shelf DiningTable GarbageCan SideTable",
+    ),
+    "livingroom": (
+        "",
+        "Sofa ArmChair CoffeeTable SideTable Shelf Shelf Drawer Cabinet DiningTable GarbageCan "
+        "Dresser",
+    ),
+    "bedroom": ("", "Bed Desk Desk Drawer Drawer Dresser Shelf SideTable GarbageCan ArmChair"),
+    "bathroom": (
+        "SinkBasin",
+        "CounterTop Cabinet Cabinet Drawer Toilet GarbageCan Shelf SideTable",
+    ),
+}
+ROOMS_OF = {  # task type: where it can be played
+    "pick_and_place_simple": ["kitchen", "livingroom", "bedroom", "bathroom"],
+    "look_at_obj_in_light": ["livingroom", "bedroom"],
+    "pick_clean_then_place_in_recep": ["kitchen"],
+    "pick_heat_then_place_in_recep": ["kitchen"],
+    "pick_cool_then_place_in_recep": ["kitchen"],
+    "pick_two_obj_and_place": ["kitchen", "livingroom", "bedroom"],
+}
+OBJECTS = set(  # a small vocabulary for a small policy
+    "Apple Bread Cup Egg Lettuce Mug Plate Potato Tomato Bowl Pan Pot Knife Fork Spoon Book CD "
+    "CellPhone CreditCard KeyChain Laptop Newspaper Pen Pencil Pillow RemoteControl Watch Vase "
+    "Cloth SoapBar SoapBottle SprayBottle ToiletPaper HandTowel Candle".split()
+)
+NEEDS = {  # task type: the trait its object must have
+    "pick_clean_then_place_in_recep": "Cleanable",
+    "pick_heat_then_place_in_recep": "Heatable",
+    "pick_cool_then_place_in_recep": "Coolable",
+}
+TRAITS = ("Cleanable", "Heatable", "Coolable", "Sliceable")  # that the games declare
+
+
+@dataclass
+class Room:
+    """A room and the task in it, everything by its type."""
+
+    kind: str
+    receptacles: list
+    target: str  # the object of the task
+    goal: str  # the receptacle where it must go; unused where there is a lamp
+    lamp: str  # to look at it; "" in other tasks
+    placed: list  # (object, number of its receptacle)
+
+
+def contents() -> dict:
+    """Receptacle type -> the objects of the vocabulary that may lie in it, sorted."""
+    from alfworld.gen import constants
+
+    return {r: sorted(OBJECTS & objects) for r, objects in constants.VAL_RECEPTACLE_OBJECTS.items()}
+
+
+def possible_tasks(task_type, receptacles) -> list:
+    """(object, receptacle where it must go), of objects that can also lie elsewhere in the room."""
+    from alfworld.gen import constants
+
+    holds = contents()
+    fits = constants.VAL_ACTION_OBJECTS.get(NEEDS.get(task_type))  # None: any object
+    tasks = []
+    for goal in receptacles:
+        for target in holds[goal]:
+            elsewhere = any(target in holds[r] for r in receptacles if r != goal)
+            if elsewhere and (fits is None or target in fits):
+                tasks.append((target, goal))
+    return tasks
+
+
+def draw_room(task_type, rng) -> Room:
+    """6 to 9 receptacles, zero to three objects in each, and a task that can be solved."""
+    holds = contents()
+    kind = rng.choice(ROOMS_OF[task_type])
+    always, optional = (names.split() for names in ROOMS[kind])
+    more = rng.randint(6, 9) - len(always)
+    receptacles = always + rng.sample(optional, min(len(optional), more))
+    lamp = ""
+    if task_type == "look_at_obj_in_light":
+        lamp = rng.choice(["DeskLamp", "FloorLamp"])
+    target, goal = rng.choice(possible_tasks(task_type, sorted(set(receptacles))))
+    elsewhere = [i for i, r in enumerate(receptacles) if r != goal and target in holds[r]]
+    copies = 2 if task_type == "pick_two_obj_and_place" else 1
+    placed = [(target, rng.choice(elsewhere)) for _ in range(copies)]
+    if lamp:
+        placed.append((lamp, rng.randrange(len(receptacles))))
+    for i, r in enumerate(receptacles):
+        others = [o for o in holds[r] if o != target]
+        count = rng.randint(0, 3)
+        if others:
+            placed += [(rng.choice(others), i) for _ in range(count)]
+    return Room(kind, receptacles, target, goal, lamp, placed)
+
+
+def identify(kind, rng) -> str:
+    """An ALFRED-style id, `Mug|+01.23|-00.45|+02.10` as PDDL writes it."""
+    signs = rng.choices(["plus", "minus"], k=3)
+    where = ""
+    for sign in signs:
+        where += f"_bar__{sign}_{rng.randint(0, 3):02d}_dot_{rng.randint(0, 99):02d}"
+    return kind.removesuffix("Basin") + where + (f"_bar_{kind}" if kind.endswith("Basin") else "")
+
+
+def write_problem(room: Room, rng, number) -> str:
+    """The room as a PDDL problem, up to its goal."""
+    from alfworld.gen import constants
+
+    holds = contents()
+    r_ids = [identify(r, rng) for r in room.receptacles]
+    o_ids = [identify(o, rng) for o, _ in room.placed]
+    spots = []
+    for i in range(len(room.receptacles)):
+        spots.append(f"loc_bar_{i}_bar_{rng.randint(1, 9)}_bar_{rng.randint(0, 3)}_bar_60")
+    start = "loc_bar_0_bar_0_bar_0_bar_30"
+    r_kinds = sorted(set(room.receptacles))
+    o_kinds = sorted({room.target, *(o for o, _ in room.placed)})
+
+    facts = [f"(atLocation agent1 {start})"]
+    for r, r_id, spot in zip(room.receptacles, r_ids, spots, strict=True):
+        facts.append(f"(receptacleType {r_id} {r}Type)")
+        facts.append(f"(receptacleAtLocation {r_id} {spot})")
+        if r in constants.OPENABLE_CLASS_LIST:
+            facts.append(f"(openable {r_id})")
+    for (o, i), o_id in zip(room.placed, o_ids, strict=True):
+        facts.append(f"(objectType {o_id} {o}Type)")
+        facts.append(f"(inReceptacle {o_id} {r_ids[i]})")
+        facts.append(f"(objectAtLocation {o_id} {spots[i]})")
+        facts.append(f"(toggleable {o_id})" if o == room.lamp else f"(pickupable {o_id})")
+        traits = [t for t in TRAITS if o in constants.VAL_ACTION_OBJECTS[t]]
+        facts += [f"({trait.lower()} {o_id})" for trait in traits]
+    for r in r_kinds:
+        facts += [f"(canContain {r}Type {o}Type)" for o in o_kinds if o in holds[r]]
+
+    objects = {
+        "agent": ["agent1"],
+        "location": [start, *spots],
+        "receptacle": r_ids,
+        "object": o_ids,
+        "rtype": [f"{r}Type" for r in sorted({*r_kinds, "SinkBasin", "Microwave", "Fridge"})],
+        "otype": [f"{o}Type" for o in sorted({*o_kinds, "Knife", "ButterKnife"})],
+    }
+    lines = [f"(define (problem tiny_{number})", "(:domain alfred)", "(:objects"]
+    for kind, names in objects.items():
+        lines += [f"    {name} - {kind}" for name in names]
+    lines += [")", "(:init", *(f"    {fact}" for fact in facts), ")"]
+    return "\n".join(lines)
+
+
+def make_game(task_type: str, rng: random.Random, number: int) -> tuple:
+    """One random solvable game -> (its folder under a split, the content of game.tw-pddl, of
+    traj_data.json).
+
+    It is written in the domain and grammar of the alfworld package; the walkthrough is found by a
+    planner that sees everything and proved by playing it.
+    """
+    from alfworld.gen.goal_library import gdict
+    from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+
+    room = draw_room(task_type, rng)
+    problem = write_problem(room, rng, number)
+    names = {"obj": room.target, "recep": room.goal, "toggle": room.lamp}
+    wish = gdict[task_type]["pddl"].format(**names).replace("#", "-")
+    spoken = {name: word.lower() for name, word in names.items()}
+    task = rng.choice(gdict[task_type]["templates"]).format(**spoken)
+    end = room.lamp or room.goal
+    folder = f"{task_type}-{room.target}-None-{end}-{number}/trial_T{number:08d}"
+    data = {
+        "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(),
+        "grammar": Path(ALFRED_TWL2_PATH).read_text().replace("UNKNOWN GOAL", task),
+        "pddl_problem": f"{problem}\n{wish}",
+        "solvable": True,
+    }
+    data["walkthrough"] = solve(alfworld.parse_game(data, f"{folder}/game.tw-pddl"))
+    trajectory = {
+        "task_type": task_type,
+        "task_id": folder,
+        "scene": {"floor_plan": room.kind},
+        "pddl_params": {
+            "object_target": room.target,
+            "parent_target": "" if room.lamp else room.goal,
+            "toggle_target": room.lamp,
+            "mrecep_target": "",
+            "object_sliced": False,
+        },
+        "turk_annotations": {"anns": [{"task_desc": task}]},
+    }
+    return folder, data, trajectory
+
+
+def solve(game: alfworld.Game) -> list:
+    """The natural solution, by someone who sees into every receptacle; proved by playing it."""
+    env = alfworld.AlfWorld(game)
+    obs = env.reset()
+    kind, target, place = game.goal
+    plan = []
+
+    def do(action):
+        nonlocal obs
+        assert action in obs.admissible, f"{game.path}: {action!r} is not admissible"
+        plan.append(action)
+        obs = env.step(action)[0]
+
+    def go(r):
+        if f"go to {game.name[r]}" in obs.admissible:  # else it stands here
+            do(f"go to {game.name[r]}")
+
+    def reach_into(r):
+        go(r)
+        if f"open {game.name[r]}" in obs.admissible:
+            do(f"open {game.name[r]}")
+
+    place_of = {o: r for r, objects in game.inside.items() for o in objects}
+    wanted = [o for o in sorted(place_of) if target in game.otype[o]]
+    wanted = [o for o in wanted if place not in game.rtype[place_of[o]]]
+    goals = sorted(r for r in game.rtype if place in game.rtype[r])
+    if kind != "pick2":
+        wanted = wanted[:1]
+    for o in wanted[:2]:
+        reach_into(place_of[o])
+        do(f"take {game.name[o]} from {game.name[place_of[o]]}")
+        if kind == "look":
+            lamp = next(o for o in sorted(place_of) if place in game.otype[o])
+            reach_into(place_of[lamp])
+            do(f"use {game.name[lamp]}")
+            break
+        for verb, _, types in game.appliances:
+            if verb == kind:
+                appliance = next(r for r in sorted(game.rtype) if game.rtype[r] & types)
+                go(appliance)
+                do(f"{verb} {game.name[o]} with {game.name[appliance]}")
+        reach_into(goals[0])
+        do(f"move {game.name[o]} to {game.name[goals[0]]}")
+    assert env.won, f"{game.path}: the walkthrough does not win"
+    return plan
+
+
+def make(root: Path, splits=SPLITS, seed: int = 0) -> Path:
+    """Write the missing splits under `root`, as $ALFWORLD_DATA, deterministic from the seed.
+
+    splits   {split: how many games}, one task type after the other
+    """
+    for split, count in splits.items():
+        folder = root / "json_2.1.1" / split
+        if len(list(folder.glob("*/*/game.tw-pddl"))) >= count:
+            continue
+        rng = random.Random(f"{seed} {split}")
+        types = list(ROOMS_OF)
+        for i in range(count):
+            number = i + 100_000 * list(SPLITS).index(split)
+            name, data, trajectory = make_game(types[i % len(types)], rng, number)
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / name / "traj_data.json", json.dumps(trajectory))
+            write_atomically(folder / name / "game.tw-pddl", json.dumps(data))
+    return root

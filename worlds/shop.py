@@ -1,0 +1,109 @@
+"""The embedded shop: a small catalogue in WebShop's format.
+
+`runs/tiny-shop-3` has products with three options each, all named in its tasks, `-1` to `-5` make
+it easier and harder, and `runs/tiny-shop` has those of a product's category, one or two. They are
+made where they are missing.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from config import write_atomically
+
+OPTIONS = {
+    "color": ["red", "blue", "green", "black", "white", "pink", "gray"],
+    "size": ["small", "medium", "large"],
+    "scent": ["lemon", "rose", "mint", "vanilla"],
+    "flavor": ["apple", "cherry", "honey", "salt"],
+    "pack": ["single", "double", "family"],
+}
+CATEGORIES = {  # category: (levels above the product, options, attributes, products)
+    "fashion": (
+        "Clothing › Basics",
+        ["color", "size"],
+        "soft warm slim loose light thick",
+        "shirt jacket sock hat scarf glove",
+    ),
+    "beauty": (
+        "Beauty › Care",
+        ["scent"],
+        "gentle natural fresh mild creamy clear",
+        "soap lotion shampoo cream mask balm",
+    ),
+    "grocery": (
+        "Grocery › Snacks",
+        ["flavor", "pack"],
+        "sweet crunchy organic dark dry raw",
+        "cookie cereal chip nut cracker candy",
+    ),
+    "garden": (
+        "Home › Living",
+        ["size", "color"],
+        "sturdy round flat tall modern wooden",
+        "chair table lamp shelf basket rug",
+    ),
+    "electronics": (
+        "Electronics › Parts",
+        ["color"],
+        "fast slim wireless portable quiet bright",
+        "cable charger speaker mouse keyboard radio",
+    ),
+}
+BRANDS = "Arbo Belka Cando Delmar Evora Fenix Gilda Hanse Iris Jolin Kapro Lumo".split()
+
+
+def make_catalogue(folder: Path, products: int, seed, difficulty=None) -> Path:
+    """Write `products` random products with their instructions, in the original's format.
+
+    difficulty   how many options every product has, all named in its tasks (1 to 5): so many
+                 things must be right at once. None: those of its category, one or two
+
+    -> `folder`; the products are a function of `seed` and `difficulty`.
+    """
+    rng = random.Random(f"{seed} catalogue")
+    items = []
+    instructions = {}
+    while len(items) < products:
+        category = rng.choice(list(CATEGORIES))
+        levels, options, attributes, nouns = CATEGORIES[category]
+        noun = rng.choice(nouns.split())
+        first, second = rng.sample(attributes.split(), 2)
+        asin = (first[:3] + second[:3] + noun[:3]).upper()  # an id a small policy can spell
+        if asin in instructions:
+            continue
+        price = rng.randint(5, 90)
+        offered = {}
+        if difficulty:
+            options = [*options, *(name for name in OPTIONS if name not in options)][:difficulty]
+        for name in options:
+            values = sorted(rng.sample(OPTIONS[name], 3))
+            offered[name] = [{"value": value} for value in values]
+        product = {
+            "asin": asin,
+            "name": f"{rng.choice(BRANDS)} {first} {second} {noun}",
+            "full_description": f"A {first} {noun}.",
+            "small_description": [f"{first} and {second}"],
+            "pricing": f"${price}.0",
+            "customization_options": offered,
+            "category": category,
+            "query": noun,
+            "product_category": f"{levels} › {noun}",
+        }
+        items.append(product)
+        instructions[asin] = {
+            "attributes": [first, second],
+            "instruction": f"Find me {first} {second} {noun}",
+            "instruction_attributes": [first, second],
+        }
+    write_atomically(folder / "items_ins_v2.json", json.dumps(instructions))
+    write_atomically(folder / "items_shuffle.json", json.dumps(items))
+    return folder
+
+
+def make(folder: Path) -> Path:
+    """Write an embedded catalogue, once; the number at the end of its name is the difficulty."""
+    if not (folder / "items_shuffle.json").exists():
+        number = folder.name.removeprefix("tiny-shop").removeprefix("-")
+        make_catalogue(folder, 240, seed=0, difficulty=int(number) if number else None)
+    return folder
