@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
 import envs
-from common import Episode, Row
+from common import Row, open_groups, rollout
 from config import PRESETS, Config
 from runtime.policy import Policy, load_policy, make_optimizer
 from skills import Skill
-from tiny import household
+from worlds import household
 
 ROOT = Path(__file__).resolve().parent.parent
 # real games and reference numbers; their tests are skipped where it is absent
@@ -28,13 +27,13 @@ torch.set_num_threads(1)
 def games(tmp_path_factory):
     """A data folder with two generated games of each task type in train and in valid_seen."""
     root = tmp_path_factory.mktemp("games")
-    household.write_games(root, {"train": 12, "valid_seen": 12})
+    household.make(root, {"train": 12, "valid_seen": 12})
     return root
 
 
 def tiny_config(games, **changes):
     small = {"data": str(games), "tasks": 2, "group_size": 4, "max_steps": 4}
-    return Config(**PRESETS["tiny"] | small | changes)
+    return Config(**PRESETS["tiny-household"] | small | changes)
 
 
 @pytest.fixture
@@ -45,27 +44,26 @@ def config(games):
 @pytest.fixture
 def policy(config):
     """A fresh copy of the tiny policy and its tokenizer."""
-    return Policy(*load_policy("tiny", config, "cpu"))
+    return Policy(*load_policy("tiny-household", config, "cpu"))
 
 
 @pytest.fixture
 def trainer(policy, config):
     """The policy with an optimizer, without a reference."""
     config.kl_coef = 0.0
-    return dataclasses.replace(policy, optimizer=make_optimizer(policy.model, config))
+    return dataclasses.replace(policy, optimizer=make_optimizer(policy.model, config.lr))
 
 
 def play(games, skills):
     """Two groups of four, really played; the first two of each carry `skills`."""
     config = tiny_config(games)
-    items = envs.list_items("alfworld", "train", games)[:2]
-    groups = [
-        [Episode(item, f"{n}:{item}", tuple(skills)) for _ in range(2)]
-        + [Episode(item, f"{n}:{item}") for _ in range(2)]
-        for n, item in enumerate(items)
-    ]
-    policy = Policy(*load_policy("tiny", config, "cpu"))
-    return common.rollout(policy, config, groups, seed=0, temperature=1.0)
+    groups = open_groups(envs.list_items("alfworld", "train", games)[:2], config)
+    for group in groups:
+        for episode in group[:2]:
+            episode.skills = skills
+            episode.shown = [(skill.condition, skill.strategy) for skill in skills]
+    policy = Policy(*load_policy("tiny-household", config, "cpu"))
+    return rollout(policy, config, groups, seed=0, temperature=1.0)
 
 
 @pytest.fixture(scope="session")
