@@ -16,23 +16,21 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-import common
 import distill
+import envs
 import evaluate
 import mine
 import warmup
-from common import Row
 from config import PRESETS, Config, UserError, read_jsonl
 from runtime import saves
 from runtime.run import Run, run_script
 from skills import Skill, SkillBank
-from tiny import shop
-from tools import plot
-from worlds import alfworld
+from worlds import alfworld, shop
 
 SMALL = """--tasks 2 --group_size 4 --max_steps 8 --n_req 9999 --warmup_iterations 2
 --mine_iterations 1 --mine_every 1 --mine_episodes 12 --n_eval 1 --active_above -1
---distill_iterations 2 --save_every 1 --minibatch_rows 64"""
+--distill_iterations 2 --minibatch_rows 64"""
+HOUSEHOLD = f"--preset tiny-household {SMALL}"
 
 
 def call(script, flags):
@@ -55,7 +53,7 @@ def run_phases(folder, flags) -> str:
 def household(games, tmp_path_factory):
     """The three phases in the household, once for all tests -> (their folder, what they said)."""
     folder = tmp_path_factory.mktemp("household")
-    return folder, run_phases(folder, f"--run t {SMALL} --data {games}")
+    return folder, run_phases(folder, f"--run t {HOUSEHOLD} --data {games}")
 
 
 @pytest.fixture
@@ -79,7 +77,7 @@ def test_all_phases_end_to_end_and_their_files(household):
     records = logged(run)
     assert [r["phase"] for r in records] == ["warmup"] * 2 + ["mine"] + ["distill"] * 2
     assert all(r["logprob_gap"] < 1e-3 for r in records if r["rows"])
-    ramp = PRESETS["tiny"]["lambda_iterations"]
+    ramp = PRESETS["tiny-household"]["lambda_iterations"]
     assert [r.get("lambda") for r in records[-2:]] == pytest.approx([0.1 / ramp, 0.1 * 2 / ramp])
     skills = read_jsonl(run / "mine" / "skills.jsonl")
     assert skills and any(s["n"] for s in skills)
@@ -104,11 +102,6 @@ def test_evaluation_plays_every_item_once_plain_and_with_skills(finished, games)
     assert json.loads(path.read_text())["skills"] is True
 
 
-def test_a_run_is_drawn(finished):
-    plot.draw(finished, finished / "plot.png")
-    assert (finished / "plot.png").stat().st_size > 20_000
-
-
 def test_evaluation_does_not_count_as_a_try_and_uses_active_skills_alone(config, monkeypatch):
     bank = SkillBank(config)
     for kind in alfworld.TASK_TYPES.values():
@@ -120,7 +113,7 @@ def test_evaluation_does_not_count_as_a_try_and_uses_active_skills_alone(config,
         return [episode for group in groups for episode in group]
 
     monkeypatch.setattr(evaluate, "rollout", play)
-    items = common.envs.list_items("alfworld", "train", config.data)
+    items = envs.list_items("alfworld", "train", config.data)
     evaluate.evaluate(None, config, items, 0.4, 0, bank)
     assert len(played) == 12 and all(len(group) == 1 for group in played)
     assert all(skill.status == "active" for (e,) in played for skill in e.skills)
@@ -131,11 +124,11 @@ def test_evaluation_does_not_count_as_a_try_and_uses_active_skills_alone(config,
 def test_all_phases_end_to_end_in_the_embedded_shop_with_internalization(
     tmp_path, monkeypatch, capsys
 ):
-    """`--env webshop` alone selects the policy and the run's name; here one option a task."""
+    """The bare scripts are the shop; here with one option a task."""
     flags = SMALL.replace("--max_steps 8", "--max_steps 5").replace("--tasks 2", "--tasks 4")
     once = "--warmup_iterations 1 --distill_iterations 1 --kl_coef 0"
-    run_phases(tmp_path, f"--env webshop --data runs/tiny-shop-1 --seed 2 {flags} {once}")
-    run = tmp_path / "runs" / "tiny-webshop"
+    run_phases(tmp_path, f"--data runs/tiny-shop-1 --seed 2 {flags} {once}")
+    run = tmp_path / "runs" / "tiny"
     records = logged(run)
     assert len(records) == 3 and all(r["logprob_gap"] < 1e-3 for r in records if r["rows"])
     skills = read_jsonl(run / "mine" / "skills.jsonl")
@@ -147,7 +140,7 @@ def test_all_phases_end_to_end_in_the_embedded_shop_with_internalization(
     assert last["gated_share"] < 0.7  # thoughts are not internalized
     assert not any(r["internalization_rows"] for r in earlier)
     monkeypatch.chdir(tmp_path)
-    call(evaluate, "--run tiny-webshop --eval_items 8")
+    call(evaluate, "--eval_items 8")
     (path,) = run.glob("eval-test-distill*.json")
     record = json.loads(path.read_text())
     assert len(record["items"]) == 8 and record["results"]["all"]["score"] >= 0
@@ -168,7 +161,7 @@ def test_phase_2_pairs_groups_by_active_skills_and_not_by_candidates(finished, s
     bank = SkillBank(Config())
     for kind in alfworld.TASK_TYPES.values():  # so that there is one for every task
         bank.skills.append(Skill("it is dark", "use the lamp", kind, status=status))
-    bank.save(finished / "mine" / "skills.jsonl")
+    (finished / "mine" / "skills.jsonl").write_text(bank.dump())
     (finished / "mine" / saves.MANIFEST).write_text(json.dumps(saves.files_of(finished / "mine")))
     forget(finished, "distill")
     call(distill, "--run t --distill_iterations 1")
@@ -187,10 +180,9 @@ def test_without_skills_both_phases_train_plain_gigpo(finished, capsys):
         assert record["internalization_rows"] == 0 and record["paired_groups"] == 0
 
 
-def test_skill_share_0_is_the_control_where_nothing_is_mined_or_paired(finished, games):
-    flags = "--run control --fork t --skill_share 0 --mine_iterations 1 --distill_iterations 1"
-    call(mine, flags)
-    call(distill, "--run control --skill_share 0 --distill_iterations 1")
+def test_without_skills_is_the_control_where_nothing_is_mined_or_paired(finished):
+    call(mine, "--run control --fork t --without skills --distill_iterations 1")
+    call(distill, "--run control")  # it takes the flags of the run's first phase
     for record in logged(finished.parent / "control")[-2:]:
         assert record["paired_groups"] == 0 and record["success_skill"] is None
         assert not any(name.startswith("mined") for name in record)
@@ -202,14 +194,13 @@ class FirstIteration:
 
     resumed = False
     source = Path()
+    last = 9
+    policy = None
 
-    def __init__(self, config, phase):
-        pass
+    def __init__(self, config, phase, after, **first):
+        self.state = {"successes": []}
 
-    def start(self, after):
-        return None, {"successes": []}
-
-    def iterations(self, last):
+    def iterations(self):
         return [1]
 
     def draw_tasks(self, k):
@@ -220,11 +211,13 @@ class FirstIteration:
 
 
 def planned(script, flags, monkeypatch) -> dict:
-    """What the first iteration of a phase asks `plan_groups` for, and whether it mined."""
-    asked = {"mined": False}
+    """What the first iteration of a phase asks the bank for, and whether it mined."""
+    asked = {"mined": False, "statuses": None}
 
-    def stop(items, config, **options):
-        asked.update(options)
+    def ask(groups, bank, statuses):
+        asked["statuses"] = statuses
+
+    def stop(*args):
         raise InterruptedError
 
     def note(*args):
@@ -233,7 +226,9 @@ def planned(script, flags, monkeypatch) -> dict:
 
     monkeypatch.setattr(mine, "mine", note)
     monkeypatch.setattr(script, "Run", FirstIteration)
-    monkeypatch.setattr(common, "plan_groups", stop)
+    monkeypatch.setattr(script, "open_groups", lambda *args: [])
+    monkeypatch.setattr(script, "put_skills", ask)
+    monkeypatch.setattr(script, "rollout", stop)
     Path("skills.jsonl").write_text("")
     with pytest.raises(InterruptedError):
         call(script, f"--group_size 4 {flags}")
@@ -248,8 +243,9 @@ def test_candidates_are_tried_while_mining_and_never_after(tmp_path, monkeypatch
 
 def test_the_control_asks_for_no_skill(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert not planned(mine, "--skill_share 0", monkeypatch)["mined"]
-    assert planned(mine, "--skill_share 0.5", monkeypatch)["mined"]
+    assert planned(mine, "--without skills", monkeypatch) == {"mined": False, "statuses": None}
+    assert planned(mine, "", monkeypatch)["mined"]
+    assert planned(distill, "--without skills", monkeypatch)["statuses"] is None
 
 
 def trained(script, k, flags, episodes, monkeypatch, successes=()) -> dict:
@@ -259,18 +255,19 @@ def trained(script, k, flags, episodes, monkeypatch, successes=()) -> dict:
     seen = {"mined": False}
 
     class Iteration(FirstIteration):
-        root = folder = Path(".")
+        folder = Path(".")
+        policy = types.SimpleNamespace(tokenizer=None)
 
-        def start(self, after):
-            return types.SimpleNamespace(tokenizer=None), {"successes": list(successes)}
+        def __init__(self, config, phase, after, **first):
+            self.state = {"successes": list(successes)}
 
-        def iterations(self, last):
+        def iterations(self):
             return [k]
 
         def log(self, *args):
             pass
 
-        def save_when_due(self, *args, **state):
+        def end_iteration(self, *args, **state):
             seen.update(state)
 
     def mined(*args):
@@ -283,9 +280,9 @@ def trained(script, k, flags, episodes, monkeypatch, successes=()) -> dict:
 
     monkeypatch.setattr(script, "Run", Iteration)
     monkeypatch.setattr(mine, "mine", mined)
-    monkeypatch.setattr(common, "plan_groups", lambda *args, **options: [])
+    monkeypatch.setattr(script, "open_groups", lambda *args: [])
     monkeypatch.setattr(script, "rollout", lambda *args: episodes)
-    monkeypatch.setattr(common, "update", update)
+    monkeypatch.setattr(script, "update", update)
     Path("skills.jsonl").write_text("")
     call(script, flags)
     return seen
@@ -303,28 +300,26 @@ def test_a_round_of_mining_comes_every_so_many_iterations(paired_episodes, tmp_p
 def test_mining_remembers_the_newest_successes(paired_episodes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mine, "MEMORY", 3)
-    paired_episodes[-1].success = True  # of the plain arm
+    paired_episodes[-1].success = True  # of the plain half
     for episode in paired_episodes[:-1]:
         episode.success = False
     kept = trained(mine, 9, "", paired_episodes, monkeypatch, "abcd")["successes"]
     assert kept[:2] == ["c", "d"] and kept[2]["iteration"] == 9 and len(kept) == 3
 
 
-def test_lambda_rises_and_the_hand_off_falls_from_1_to_0(paired_episodes, tmp_path, monkeypatch):
+def test_lambda_rises_to_its_largest_value(paired_episodes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for episode in paired_episodes:
-        episode.success = bool(episode.skills)  # so the gate is open
-    monkeypatch.setattr(distill, "internalization_rows", lambda *args: [Row([1], [1], 1.0, [0.0])])
-    flags = "--lambda_iterations 4 --lambda_max 0.2"
+    monkeypatch.setattr(distill, "internalization_rows", lambda *args: [])
 
     def lambdas(more=""):
+        flags = f"--lambda_iterations 4 --lambda_max 0.2 {more}"
         return [
-            trained(distill, k, flags + more, paired_episodes, monkeypatch)["lambda_"]
+            trained(distill, k, flags, paired_episodes, monkeypatch)["lambda_"]
             for k in (1, 2, 4, 5, 9)
         ]
 
     assert lambdas() == pytest.approx([0.05, 0.1, 0.2, 0.2, 0.2])
-    assert lambdas(" --hand_off true") == pytest.approx([1, 0.75, 0.25, 0, 0])
+    assert lambdas("--without internalization") == [0] * 5
 
 
 # --- mining ---------------------------------------------------------------------------------------
@@ -386,25 +381,27 @@ def internalized(episodes, policy, config, first=0.5, second=-0.5, advantages=No
     return distill.internalization_rows(episodes, advantages, deltas, policy.tokenizer, config)
 
 
-def test_internalization_pairs_the_plain_prompt_with_the_skilled_response(
+def test_internalization_pairs_the_plain_prompt_with_the_response_under_the_skill(
     paired_episodes, policy, config
 ):
     rows = internalized(paired_episodes, policy, config)
     steps = [step for e in paired_episodes[:2] for step in e.steps]  # helped by their skill
     assert len(rows) == len(steps) > 0
     for row, step in zip(rows, steps, strict=True):
-        assert row.prompt_ids == step.plain_ids != step.prompt_ids == row.skill_ids
+        assert row.prompt_ids == step.plain_ids != step.prompt_ids
         assert "Experience that may help" not in policy.tokenizer.decode(row.prompt_ids)
         assert row.response_ids == step.response_ids
-        assert row.internalize and row.delta == 0.5
-        action = [i for i, on in zip(row.response_ids, row.action_mask, strict=True) if on]
+        action = [i for i, on in zip(row.response_ids, row.gate, strict=True) if on]
         assert policy.tokenizer.decode(action).startswith(step.action)
         assert len(action) < len(row.response_ids)
+        assert step.distilled == {"weight": 0.5, "distilled": policy.tokenizer.decode(action)}
 
 
-def test_neither_the_plain_arm_nor_a_useless_skill_is_internalized(paired_episodes, policy, config):
+def test_neither_the_plain_half_nor_a_useless_skill_is_internalized(
+    paired_episodes, policy, config
+):
     assert not internalized(paired_episodes, policy, config, first=0.0, second=-0.5)
-    plain = [dataclasses.replace(e, skills=()) for e in paired_episodes]
+    plain = [dataclasses.replace(e, skills=[]) for e in paired_episodes]
     assert not internalized(plain, policy, config, first=1.0, second=1.0)
     unpaired = distill.internalization_rows(
         paired_episodes, [np.ones(len(e.steps)) for e in paired_episodes], {}, None, config
@@ -419,7 +416,7 @@ def test_steps_without_merit_are_rows_too_and_weigh_nothing(paired_episodes, pol
     advantages[0][1] = 0.0
     rows = internalized(paired_episodes, policy, config, advantages=advantages)
     assert len(rows) == sum(len(e.steps) for e in paired_episodes[:2])
-    assert [row.advantage for row in rows[:3]] == [-1.0, 0.0, 0.5]
+    assert [row.weight for row in rows[:3]] == [0.0, 0.0, 0.5]
 
 
 @pytest.mark.parametrize("normalize_std, sigma", [(True, 1.0), (False, 10.0)])
@@ -429,23 +426,35 @@ def test_the_weight_is_the_advantage_in_units_of_its_scale(
     """Without the division by the std, advantages are as large as the reward and w would be c."""
     config.normalize_std = normalize_std
     rows = internalized(paired_episodes, policy, config)
-    assert {row.advantage for row in rows} == {0.5 / sigma}
+    assert {row.weight for row in rows} == {0.5 / sigma}
+
+
+def test_the_weight_is_clipped_at_c(paired_episodes, policy, config):
+    config.advantage_clip = 0.3
+    assert {row.weight for row in internalized(paired_episodes, policy, config)} == {0.3}
 
 
 def test_ablations_of_internalization_each_open_one_thing(paired_episodes, policy, config):
     harmful = {"first": -0.5, "second": -0.5}
-    config.internalize_gate = "none"
+    config.without = ["gate"]
     rows = internalized(paired_episodes, policy, config, **harmful)
     assert len(rows) == sum(len(e.steps) for e in paired_episodes if e.skills)
-    assert all(row.delta > 0 for row in rows)
-    config.internalize_gate = "delta"
-    config.internalize_tokens = "response"
+    assert not all(all(row.gate) for row in rows) and {row.weight for row in rows} == {0.5}
+    config.without = ["action_mask"]
     rows = internalized(paired_episodes, policy, config)
-    assert rows and all(all(row.action_mask) for row in rows)
-    assert {row.advantage for row in rows} == {0.5}
-    config.internalize_weight = "one"
-    assert {row.advantage for row in internalized(paired_episodes, policy, config)} == {1.0}
+    assert rows and all(all(row.gate) for row in rows)
+    assert {row.weight for row in rows} == {0.5}
+    config.without = ["action_mask", "weight"]
+    assert {row.weight for row in internalized(paired_episodes, policy, config)} == {1.0}
     assert not internalized(paired_episodes, policy, config, **harmful)
+
+
+def test_without_warmup_phase_1_begins_with_the_initial_policy(games, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call(mine, f"--run t {HOUSEHOLD} --data {games} --without warmup")
+    assert [(x["phase"], x["episodes_so_far"]) for x in logged(Path("runs/t"))] == [("mine", 8)]
+    call(distill, "--run t --distill_iterations 1")
+    assert json.loads(Path("runs/t/distill/config.json").read_text())["without"] == ["warmup"]
 
 
 # --- interruptions and configs --------------------------------------------------------------------
@@ -453,7 +462,7 @@ def test_ablations_of_internalization_each_open_one_thing(paired_episodes, polic
 
 def test_an_interrupted_phase_goes_on_from_its_last_save(finished, games, monkeypatch):
     straight = torch.load(finished / "warmup" / "state.pt", weights_only=False)
-    other = f"--run u {SMALL} --data {games}"
+    other = f"--run u {HOUSEHOLD} --save_minutes 0.0001 --data {games}"
     original = Run.log
     calls = []
 
@@ -479,18 +488,18 @@ def test_an_interrupted_phase_goes_on_from_its_last_save(finished, games, monkey
 
 def test_phases_in_the_wrong_order_name_the_script_to_run(games, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = f"--run t {SMALL} --data {games}"
+    flags = f"--run t {HOUSEHOLD} --data {games}"
     with pytest.raises(UserError, match="python warmup.py --run t"):
         call(mine, flags)
     with pytest.raises(UserError, match="python mine.py --run t"):
         call(distill, flags)
     with pytest.raises(UserError, match="--checkpoint init"):
-        call(evaluate, f"--run t --data {games}")
+        call(evaluate, f"--run t --preset tiny-household --data {games}")
 
 
 def test_a_run_folder_keeps_its_config(finished, games):
     with pytest.raises(UserError, match="made with --lr"):
-        call(warmup, f"--run t {SMALL} --data {games} --lr 0.5")
+        call(warmup, f"--run t {HOUSEHOLD} --data {games} --lr 0.5")
     with pytest.raises(UserError, match="made with --model"):
         call(mine, "--run t --model other/model")
 
@@ -516,13 +525,19 @@ def test_tasks_and_seeds_are_functions_of_seed_phase_and_iteration(config, tmp_p
         ("--lambda_maxx 1", "did you mean --lambda_max"),
         ("--preset huge", "--preset huge: choose one of"),
         ("--model ./nowhere", "./nowhere: no such model folder"),
-        ("--dtype int8", "--dtype int8: choose float32"),
+        ("--dtype int8", "--dtype int8: must be float32 or bfloat16"),
         ("--data /nowhere", "run alfworld-download, or set ALFWORLD_DATA or --data"),
         ("--device cuda", "no CUDA device"),
         ("--max_prompt_tokens 50", "raise --max_prompt_tokens (50 now)"),
-        ("--group_size 0", "--group_size 0: must be 2 at least"),
-        ("--skill_share 2", "--skill_share 2.0: must be 0 to 1"),
+        ("--group_size 0", "--group_size 0: must be at least 1"),
+        ("--group_size 1", "--group_size 1: must be at least 2, for two halves, or --without"),
+        ("--gamma 2", "--gamma 2.0: must be at least 0 and at most 1"),
+        ("--lr nan", "--lr nan: must be at least 0"),
         ("--lr many", "invalid float value: 'many'"),
+        ("--without lunch", "--without lunch: must be skills or warmup or"),
+        ("--recompute_old maybe", "'maybe' is not true or false"),
+        ("--skill_share 0", "unknown flag --skill_share: --without skills"),
+        ("tiny", "unknown flag tiny"),
     ],
 )
 def test_wrong_input_ends_with_one_line_and_no_traceback(
@@ -531,7 +546,11 @@ def test_wrong_input_ends_with_one_line_and_no_traceback(
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["warmup.py", "--data", str(games), *flags.split()])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["warmup.py", "--preset", "tiny-household", "--data", str(games), *flags.split()],
+    )
     with pytest.raises(SystemExit) as exit:
         run_script(warmup.main)
     printed = capsys.readouterr().err.strip().split("\r")[-1].strip().split("\n")
@@ -567,7 +586,7 @@ def test_wilson_interval():
 
 
 def test_the_table_counts_each_episode_in_its_type_and_in_all():
-    table = evaluate.table(
+    table = evaluate.summarize(
         [evaluate.Outcome(str(n), "ab"[n % 2], n % 4 == 0, 0.5, 4) for n in range(8)]
     )
     assert {name: (r["solved"], r["n"]) for name, r in table.items()} == {
@@ -581,9 +600,8 @@ def test_the_table_counts_each_episode_in_its_type_and_in_all():
 
 def test_evaluation_refuses_items_that_were_trained_on(config):
     config.split = "train"
-    choice = evaluate.Evaluation()
-    assert len(evaluate.choose_items(config, choice, "valid_seen")) == 12
+    assert len(evaluate.choose_items(config, "valid_seen", 0)) == 12
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alfworld, "identity", lambda item, rules: ("the same",))
+        patch.setattr(alfworld, "identity", lambda item, split: "the same")
         with pytest.raises(UserError, match="in train and valid_seen both"):
-            evaluate.choose_items(config, choice, "valid_seen")
+            evaluate.choose_items(config, "valid_seen", 0)
