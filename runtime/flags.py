@@ -155,6 +155,8 @@ def saved_flags(root) -> dict:
         if folder.exists():
             problem = saves.problem(folder, "config.json")
             if not problem:
+                if problems:
+                    print(f"{'; '.join(problems)}; the flags are those of {folder}")
                 return known_flags(folder / "config.json")
             problems.append(problem)
     if problems:

@@ -13,9 +13,8 @@ from conftest import SHARED
 import envs
 from config import UserError
 from tests.faults import damaged_worlds
-from tiny import household
 from tools import compare_alfworld
-from worlds import alfworld
+from worlds import alfworld, household
 
 
 def test_fast_engine_equals_stock_alfworld_on_generated_games(games):
@@ -75,7 +74,7 @@ def test_train_and_held_out_games_are_disjoint(games):
 
 
 def test_games_are_a_function_of_the_seed(games, tmp_path):
-    household.write_games(tmp_path, {"train": 6})
+    household.make(tmp_path, {"train": 6})
     for path in tmp_path.rglob("*.tw-pddl"):
         assert path.read_text() == (games / path.relative_to(tmp_path)).read_text()
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_rows
+from conftest import ROOT, as_rows
 
-import common
 import envs
 import evaluate
-from common import UserError
+from common import open_groups, rollout, update
+from config import UserError
 from runtime import guard, saves
 from runtime.policy import load_policy
 from runtime.run import load_state, require_finite
@@ -41,7 +41,7 @@ def test_sigterm_saves_the_last_iteration_and_the_run_goes_on_to_the_same_end(wh
     """Without a save on the way: what the signal does not save is lost."""
     folder, good = whole
     copy = kills.again(folder, "warmup")
-    late = "--save_every 99"
+    late = "--save_minutes 99"
     child = runs.start("warmup", copy, flags=late)
     log = copy / "runs" / "r" / "metrics.jsonl"
     while not (log.exists() and log.read_text()):
@@ -106,7 +106,7 @@ def test_without_a_whole_save_the_remedy_is_named(two_saves):
 def test_damaged_files_of_a_run_are_named_and_recovered_from(whole):
     some = [
         ("mine/skills.jsonl", "emptied"),
-        ("config.json", "deleted"),
+        ("warmup/config.json", "deleted"),
         ("metrics.jsonl", "cut in half"),
     ]
     for name, damage in some:
@@ -141,22 +141,22 @@ def test_a_step_that_is_not_finite_moves_nothing_and_keeps_its_rows(
     monkeypatch.chdir(tmp_path)
     config.minibatch_rows = 10_000
     start = weights_of(trainer)
-    metrics = common.update(trainer, broken_rows, config, 0)
+    metrics = update(trainer, broken_rows, config, 0)
     assert metrics["refused_steps"] == 1 and metrics["optimizer_steps"] == 0
     assert torch.equal(weights_of(trainer), start)
     kept = torch.load(Path("runs") / config.run / "not-finite.pt", weights_only=True)
     assert len(kept["rows"]) == len(broken_rows) and math.isnan(kept["loss"])
-    assert not trainer.moved
+    assert not trainer.steps
 
 
-def test_good_steps_beside_a_refused_one_are_taken(
+def test_good_steps_next_to_a_refused_one_are_taken(
     broken_rows, trainer, config, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     config.minibatch_rows = len(broken_rows) // 2
-    metrics = common.update(trainer, broken_rows, config, 0)
+    metrics = update(trainer, broken_rows, config, 0)
     assert (metrics["refused_steps"], metrics["optimizer_steps"]) == (1, 1)
-    assert trainer.moved and trainer.refused <= 1
+    assert trainer.steps == 1 and trainer.refused <= 1
     assert torch.isfinite(weights_of(trainer)).all() and math.isfinite(metrics["loss"])
 
 
@@ -166,9 +166,9 @@ def test_three_refused_steps_in_a_row_stop_the_run(
     monkeypatch.chdir(tmp_path)
     config.minibatch_rows = 10_000
     for _ in range(guard.MOST - 1):
-        common.update(trainer, broken_rows, config, 0)
+        update(trainer, broken_rows, config, 0)
     with pytest.raises(UserError, match="3 steps in a row .* not finite"):
-        common.update(trainer, broken_rows, config, 0)
+        update(trainer, broken_rows, config, 0)
 
 
 def test_a_good_step_forgives_the_refused_ones_before_it(
@@ -180,8 +180,8 @@ def test_a_good_step_forgives_the_refused_ones_before_it(
     good = [row for row in broken_rows if math.isfinite(row.advantage)]
     for _ in range(2):
         for _ in range(guard.MOST - 1):
-            common.update(trainer, broken_rows, config, 0)
-        common.update(trainer, good, config, 0)
+            update(trainer, broken_rows, config, 0)
+        update(trainer, good, config, 0)
         assert trainer.refused == 0
 
 
@@ -226,8 +226,8 @@ def test_a_group_whose_world_raises_is_left_out_whole_and_named(
 ):
     items = envs.list_items("alfworld", "train", config.data)[:3]
     broken_world(monkeypatch, items[1:2], turn)
-    groups = common.plan_groups(items, config, members=2)
-    episodes = common.rollout(policy, config, groups, seed=0)
+    groups = open_groups(items, config, members=2)
+    episodes = rollout(policy, config, groups, seed=0)
     assert [e.item for e in episodes] == [items[0]] * 2 + [items[2]] * 2
     assert all(e.steps for e in episodes)
     reason = "damaged game" if turn == 0 else "the world is gone"
@@ -237,16 +237,16 @@ def test_a_group_whose_world_raises_is_left_out_whole_and_named(
 def test_when_most_worlds_fail_the_run_stops_with_the_reason(policy, config, monkeypatch):
     items = envs.list_items("alfworld", "train", config.data)[:3]
     broken_world(monkeypatch, items[:2], 1)
-    groups = common.plan_groups(items, config, members=2)
+    groups = open_groups(items, config, members=2)
     with pytest.raises(UserError, match="2 of 3 groups could not be played.*the world is gone"):
-        common.rollout(policy, config, groups, seed=0)
+        rollout(policy, config, groups, seed=0)
 
 
 def test_a_run_goes_on_while_half_of_the_worlds_can_be_played(policy, config, monkeypatch):
     items = envs.list_items("alfworld", "train", config.data)[:2]
     broken_world(monkeypatch, items[:1], 1)
-    groups = common.plan_groups(items, config, members=2)
-    assert len(common.rollout(policy, config, groups, seed=0)) == 2
+    groups = open_groups(items, config, members=2)
+    assert len(rollout(policy, config, groups, seed=0)) == 2
 
 
 def test_an_evaluation_never_leaves_an_item_out(policy, config, monkeypatch):
@@ -294,7 +294,7 @@ def test_an_interrupted_evaluation_plays_only_what_is_missing(
 
 
 def copy_of_policy(tmp_path):
-    source = Path(common.__file__).parent / "tiny" / "policy"
+    source = ROOT / "tiny" / "policy_household"
     return Path(shutil.copytree(source, tmp_path / "model"))
 
 
@@ -311,7 +311,7 @@ def test_weights_that_do_not_fit_their_config_are_refused(tmp_path, config):
 
 def test_a_tokenizer_with_more_tokens_than_the_weights_is_refused(tmp_path, config):
     model = copy_of_policy(tmp_path)
-    _, tokenizer = load_policy("tiny", config, "cpu")
+    _, tokenizer = load_policy("tiny-household", config, "cpu")
     tokenizer.add_tokens([f"<{n}>" for n in range(50)])
     tokenizer.save_pretrained(model)
     with pytest.raises(UserError, match="they are of two models"):

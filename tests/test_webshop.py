@@ -251,20 +251,18 @@ def test_reward_parts(folder):
 
 def test_goals_split_by_product_and_verls_way(folder):
     sizes = {}
-    for rule in ("product", "verl"):
-        train, test = (
-            envs.list_items("webshop", s, folder, split_rule=rule) for s in ("train", "test")
-        )
+    for rule in ("", ":verl"):
+        train, test = (envs.list_items("webshop", s + rule, folder) for s in ("train", "test"))
         sizes[rule] = len(train), len(test)
-        assert not set(train) & set(test)
-        assert not envs.shared_items("webshop", "train", "test", folder, split_rule=rule)
-    assert sizes["product"][0] + sizes["product"][1] == sum(sizes["verl"]) == 4 + 1 + 1 + 16
+        names = [{webshop.identity(item, rule) for item in items} for items in (train, test)]
+        assert not names[0] & names[1]
+    assert sum(sizes[""]) == sum(sizes[":verl"]) == 4 + 1 + 1 + 16
     asins = [
         {item.split("/")[-2] for item in envs.list_items("webshop", s, folder)}
         for s in ("train", "test")
     ]
     assert not asins[0] & asins[1]
-    (human,) = envs.list_items("webshop", "train", folder, human_goals=True, split_rule="verl")
+    (human,) = envs.list_items("webshop", "train:human:verl", folder)
     goal = envs.make_env("webshop", human).goal
     assert goal["instruction_text"].startswith("i want a shirt, and price lower than")
     assert goal["goal_options"] == ["red"] and goal["attributes"] == ["long sleeve"]
@@ -433,8 +431,8 @@ def test_broken_data_is_one_clear_error(tmp_path, monkeypatch):
     (tmp_path / "items_shuffle_9.json").write_text(whole)
     with pytest.raises(UserError, match="choose train or test"):
         envs.list_items("webshop", "valid_seen", folder)
-    with pytest.raises(UserError, match="choose product or verl"):
-        envs.list_items("webshop", "train", folder, split_rule="x")
+    with pytest.raises(UserError, match="no split train:x: choose train or test"):
+        envs.list_items("webshop", "train:x", folder)
     with pytest.raises(UserError, match="no product B999999999"):
         envs.make_env("webshop", f"{folder}/B999999999/0")
 

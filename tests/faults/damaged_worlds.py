@@ -19,8 +19,7 @@ from pathlib import Path
 
 import envs
 from config import UserError
-from tiny import household, shop
-from worlds import alfworld, webshop
+from worlds import alfworld, household, shop, webshop
 
 VALUES = [None, True, 0, -1, 1.5, 10**400, float("nan"), "", "x", "\ud800", "\x1b[2J", [], [1], {}]
 VALUES += [{"x": 1}, ["a", None], [["a"]], 'Your task is to: {1/0}"', 10**19, "$1.2.3 to $x", "/"]
@@ -138,7 +137,7 @@ def goods(folder, rng, number):
         (folder / "items_human_ins.json").write_text(json.dumps({asin: [human]}))
     mutate_file(rng.choice(sorted(folder.glob("items_*.json"))), rng)
     for split in ("train", "test"):
-        items = envs.list_items("webshop", split, folder, split_rule="verl")
+        items = envs.list_items("webshop", f"{split}:verl", folder)
         for item in rng.sample(items, min(3, len(items))):
             play("webshop", item, rng)
 

@@ -18,8 +18,7 @@ from pathlib import Path
 import envs
 from config import Config
 from skills import INSTANCE, SkillBank, parse_skill
-from tiny import household, shop
-from worlds import alfworld, webshop
+from worlds import alfworld, household, shop, webshop
 
 PIECES = (
     ["<action>", "</action>", "<think>", "</think>", "<ACTION", "search[", "click[", "]", "[", "]]"]

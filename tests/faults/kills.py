@@ -81,7 +81,7 @@ def at_times(folder, good, count, number=signal.SIGKILL) -> list:
         phase = list(good)[n % len(good)]
         digest, seconds, _ = good[phase]
         copy = again(folder, phase)
-        late = "--save_every 99" if number == signal.SIGTERM else ""  # only the signal saves
+        late = "--save_minutes 99" if number == signal.SIGTERM else ""  # only the signal saves
         child = runs.start(phase, copy, flags=late)
         time.sleep(rng.random() * seconds)
         os.kill(child, number)

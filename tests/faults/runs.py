@@ -19,13 +19,16 @@ import mine
 import warmup
 from config import read_jsonl
 from runtime.run import run_script
-from tiny import shop
+from skills import Skill, SkillBank
+from tiny.lessons_shop import strategy_text
+from worlds import shop
+from worlds.shop import CATEGORIES
 
 SCRIPTS = {"warmup": warmup, "mine": mine, "distill": distill}
 FLAGS = (
-    "--run r --env webshop --tasks 2 --group_size 4 --max_steps 4 --n_req 9999 --save_every 1 "
-    "--warmup_iterations 2 --mine_iterations 2 --distill_iterations 2 --mine_every 1 --n_eval 1 "
-    "--minibatch_rows 16 --given_skills given.jsonl --seed 2"
+    "--run r --tasks 2 --group_size 4 --max_steps 4 --n_req 9999 --warmup_iterations 2 "
+    "--mine_iterations 2 --distill_iterations 2 --mine_every 1 --n_eval 1 --minibatch_rows 16 "
+    "--seed 2"
 )
 TIMES = (  # logged, and never twice the same
     "seconds",
@@ -37,16 +40,23 @@ TIMES = (  # logged, and never twice the same
 )
 
 
+class GivenBank(SkillBank):
+    """A new bank has an active skill for each category, so that short runs distill something."""
+
+    def __init__(self, config, skills=None):
+        if skills is None:
+            skills = [
+                Skill(f"shopping for {name}", strategy_text(options[:1]), name, status="active")
+                for name, (_, options, _, _) in CATEGORIES.items()
+            ]
+        super().__init__(config, skills)
+
+
 def prepare(folder: Path) -> Path:
-    """A working folder with forty products and a skill for each category -> `folder`."""
+    """A working folder with forty products -> `folder`."""
     torch.set_num_threads(1)  # before a fork there must be no pool of threads
     import_module("transformers.models.qwen2.modeling_qwen2")  # else every child takes seconds
     shop.make_catalogue(folder / "shop", products=40, seed=0, difficulty=1)
-    skills = []
-    for category, (_, options, _, _) in shop.CATEGORIES.items():
-        skill = {"condition": f"shopping for {category}", "bucket": category}
-        skills.append(skill | {"strategy": shop.strategy_text(options[:1])})
-    (folder / "given.jsonl").write_text("".join(json.dumps(s) + "\n" for s in skills))
     return folder
 
 
@@ -66,6 +76,7 @@ def start(phase, folder, die_at=None, flags="", count_to=None) -> int:
     sys.stdout = os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w")
     sys.argv = [f"{phase}.py", *f"{FLAGS} --data shop {flags}".split()]
+    mine.SkillBank = GivenBank
     operations = count_operations(folder / "runs", die_at)
     code = 1
     try:
