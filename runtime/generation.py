@@ -46,10 +46,10 @@ class Cache:
     """Keys and values of at most `rows` sequences of `length` tokens; drop it to free the memory.
 
     keys, values   per layer [rows, length, KV heads, head size]
-    graphs         captured decode steps, by shape (GPU only)
+    graphs         captured decode steps, by shape (on a GPU, unless `graphs` is False)
     """
 
-    def __init__(self, model, rows, length):
+    def __init__(self, model, rows, length, graphs=True):
         shape = model.config
         weight = model.lm_head.weight
         head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
@@ -60,7 +60,7 @@ class Cache:
         self.length = length
         self.graphs = {}
         # graphs run one at a time and start from their inputs, so they may share their memory
-        self.pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None
+        self.pool = torch.cuda.graph_pool_handle() if graphs and weight.is_cuda else None
 
     def move(self, sources, targets):
         """Copy rows `sources` onto rows `targets`, in all layers."""

@@ -1,31 +1,30 @@
-"""Speed and memory, a JSON line per figure, beside a peer or a limit measured in the same run.
+"""Speed and memory, a JSON line per figure, with a peer or a limit measured in the same run.
 
     python -m tools.bench                                                  # the tiny policy
     python -m tools.bench --preset alfworld-7b --model qwen2.5-7b-shape    # the 7B's shape on a GPU
-    python -m tools.bench --out results/bench.jsonl
+    python -m tools.bench --out results/speed.jsonl
 
-| figure      | measures                                      | beside                             |
+| figure      | measures                                      | compared with                      |
 |-------------|-----------------------------------------------|------------------------------------|
 | rollout     | tokens/s of `generate`, the prompts of a real | `model.generate`, the same prompts |
 |             | rollout, turn by turn                         |                                    |
-| decode      | seconds a step with the whole batch           | weights + KV cache over copy speed |
+| decode      | ms a step with the whole batch, replayed as   | reading weights and KV cache at    |
+|             | a CUDA graph on a GPU                         | the speed of a copy                |
+| graph       | (GPU only) that step                          | the same step without a graph      |
 | update      | tokens/s of `update` on that rollout's rows   | the same rows, each padded to the  |
 |             |                                               | longest, logits at every position  |
 | mfu         | update FLOP/s, 6 a parameter and token (and 2 | a large matrix product             |
 |             | more with --recompute_old)                    |                                    |
 | memory_*    | peak bytes, rollout and update (GPU only)     | what runtime/memory.py expects     |
 | iteration_* | seconds of the last iteration of each phase   |                                    |
-| env         | steps/s of the plain-Python ALFWorld          | stock alfworld                     |
-| webshop     | us a step of the WebShop engine on the        |                                    |
-|             | generated catalogue, caches warm              |                                    |
 
-Without --data the generated games are used, and with --prompt_tokens their prompts are repeated to
-the length of real ones. Random weights never end a response: each has --new_tokens tokens then.
+With --prompt_tokens the prompts of the embedded data are repeated to the length of real ones.
+Random weights never end a response: each has --new_tokens tokens then. They never succeed either,
+so no row would have an advantage: for them leave the iterations out (--iterations 0).
 """
 
 import json
 import platform
-import random
 import subprocess
 import sys
 import tempfile
@@ -38,58 +37,49 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-import common
-import envs
-from config import flag, parse_config, read_jsonl
+from common import Row, collate, open_groups, rollout, update
+from config import PHASES, PRESETS, flag, read_jsonl
 from runtime import memory
-from runtime.batches import Row, collate
+from runtime.flags import parse_config
 from runtime.generation import Cache, eos_ids, generate, response_lengths
-from runtime.policy import SHAPES, Policy, load_policy, make_optimizer
-from runtime.run import list_items, run_script, set_up
-from tiny import household, shop
+from runtime.policy import Policy, load_policy, make_optimizer
+from runtime.run import append, list_items, run_script, set_up
 
 ROOT = Path(__file__).resolve().parent.parent
-PHASES = ("warmup", "mine", "distill")
 
 
 @dataclass
 class Bench:
-    turns: int = flag(4, "turns of the rollout")
-    new_tokens: int = flag(48, "longest response")
-    prompt_tokens: int = flag(0, "cut or repeat prompts to this length; 0: as they are")
-    update_rows: int = flag(512, "rows of the update, at most")
-    iterations: int = flag(2, "iterations of each phase; 0: leave this figure out")
-    env_steps: int = flag(20, "steps played in the stock engine")
+    turns: int = flag(4, "turns of the rollout", at_least=1, group="bench")
+    new_tokens: int = flag(48, "longest response", at_least=2)
+    prompt_tokens: int = flag(0, "cut or repeat prompts to this length; 0: as they are", at_least=0)
+    update_rows: int = flag(512, "rows of the update, at most", at_least=1)
+    iterations: int = flag(2, "iterations of each phase; 0: leave them out", at_least=0)
     out: str = flag("", "append the JSON lines to this file too")
 
 
-class Report:
-    """Prints each figure as a line of JSON and appends it to a file: a later figure may fail."""
+def report(bench, line):
+    """Print a figure, and keep it at once: a later one may fail."""
+    line = {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
+    print(json.dumps(line), flush=True)
+    if bench.out:
+        append(bench.out, [line])
 
-    def __init__(self, out, first):
-        self.out = out
-        self.write(first)
 
-    def write(self, line):
-        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
-        line = json.dumps(rounded)
-        print(line, flush=True)
-        if self.out:
-            with open(self.out, "a") as file:
-                file.write(line + "\n")
+def figure(bench, name, value, unit, peer_name="", peer=None, **more):
+    """A value, and its ratio to a peer's in the same unit."""
+    line = {"figure": name, "value": value, "unit": unit}
+    if peer:
+        line |= {peer_name: peer, "ratio": value / peer}
+    report(bench, line | more)
 
-    def figure(self, name, value, unit, peer_name="", peer=None, **more):
-        """A value, and what it is beside a peer's in the same unit: ratio = value / peer."""
-        line = {"figure": name, "value": value, "unit": unit}
-        if peer:
-            line |= {peer_name: peer, "ratio": value / peer}
-        self.write(line | more)
 
-    def peak(self, name, expected):
-        """Peak of the GPU's memory since the last call."""
-        if torch.cuda.is_available():
-            self.figure(name, torch.cuda.max_memory_allocated(), "bytes", "expected", expected)
-            torch.cuda.reset_peak_memory_stats()
+def peak_memory(bench, name, expected):
+    """Peak of the GPU's memory since the last call."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        figure(bench, name, peak, "bytes", "expected", expected)
 
 
 def seconds(run, device, repeat=3) -> float:
@@ -102,11 +92,6 @@ def seconds(run, device, repeat=3) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times[1:])
-
-
-# --------------------------------------------------------------------------------------------------
-# The hardware, and what it could do
-# --------------------------------------------------------------------------------------------------
 
 
 def hardware(device) -> str:
@@ -138,13 +123,11 @@ def matmul_flops(device, dtype) -> float:
 
 def play(policy, config, bench) -> tuple:
     """A rollout of some turns -> (its episodes, the prompts of each turn as token ids)."""
-    items = list_items(config, config.split)
-    items = random.Random(config.seed).sample(items, min(config.tasks, len(items)))
-    groups = common.plan_groups(items, config, members=config.group_size)
-    episodes = common.rollout(policy, config, groups, seed=0, temperature=1.0)
+    items = list_items(config, config.split)[: config.tasks]
+    episodes = rollout(policy, config, open_groups(items, config), seed=0)
     turns = [[] for _ in range(bench.turns)]
     for episode in episodes:
-        for turn, step in zip(turns, episode.steps, strict=True):
+        for turn, step in zip(turns, episode.steps, strict=False):
             if bench.prompt_tokens:
                 repeats = 1 + bench.prompt_tokens // len(step.prompt_ids)
                 step.prompt_ids = (step.prompt_ids * repeats)[: bench.prompt_tokens]
@@ -157,27 +140,27 @@ def hf_generate(policy, prompts, new_tokens, ends) -> int:
     model = policy.model
     pad = policy.tokenizer.pad_token_id or 0
     width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    sampling = {"do_sample": True, "top_k": 0, "max_new_tokens": new_tokens}
     with torch.no_grad():
         out = model.generate(
-            input_ids=ids.to(model.device),
+            input_ids=ids,
             attention_mask=mask.to(model.device),
             pad_token_id=pad,
             eos_token_id=ends,
-            **sampling,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=new_tokens,
         )
     return int(response_lengths(out[:, width:], torch.tensor(ends, device=out.device)).sum())
 
 
-def bench_rollout(policy, config, bench, turns, report):
+def bench_rollout(policy, config, bench, turns):
     """The prompts of every turn, at temperature 1, until each row has ended."""
     model = policy.model
-    tokenizer = policy.tokenizer
     rows = config.generation_rows
     new = bench.new_tokens
-    ends = eos_ids(model, tokenizer)
+    ends = eos_ids(model, policy.tokenizer)
     lengths = [len(prompt) for prompts in turns for prompt in prompts]
     sampled = {}  # tokens of each of the two
 
@@ -186,7 +169,7 @@ def bench_rollout(policy, config, bench, turns, report):
         options = {"max_new_tokens": new, "temperature": 1.0, "rows": rows, "cache": cache}
         sampled["ours"] = 0
         for turn, prompts in enumerate(turns):
-            for ids, _, _ in generate(model, tokenizer, prompts, seed=turn, **options):
+            for ids, _, _ in generate(model, policy.tokenizer, prompts, seed=turn, **options):
                 sampled["ours"] += len(ids)
 
     def theirs():
@@ -195,43 +178,45 @@ def bench_rollout(policy, config, bench, turns, report):
             for i in range(0, len(prompts), rows):
                 sampled["theirs"] += hf_generate(policy, prompts[i : i + rows], new, ends)
 
-    our_time = seconds(ours, model.device)
-    their_time = seconds(theirs, model.device)
-    speed = sampled["ours"] / our_time
-    count = len(lengths)
+    speed = 1 / seconds(ours, model.device)
+    peer = 1 / seconds(theirs, model.device)
     more = {
-        "prompts": count,
-        "response_tokens": sampled["ours"] / count,
-        "prompt_tokens": sum(lengths) / count,
+        "prompts": len(lengths),
+        "response_tokens": sampled["ours"] / len(lengths),
+        "prompt_tokens": sum(lengths) / len(lengths),
     }
-    peer = sampled["theirs"] / their_time
-    report.figure("rollout", speed, "tokens/s", "hf_generate", peer, **more)
+    speed *= sampled["ours"]
+    figure(bench, "rollout", speed, "tokens/s", "hf_generate", peer * sampled["theirs"], **more)
 
 
-def bench_decode(policy, bench, prompts, report):
-    """A decode step of the whole batch has to read the weights and the cache."""
+def bench_decode(policy, bench, prompts):
+    """A decode step of the whole batch: against what it has to read, and with and without graph."""
     model = policy.model
-    new = bench.new_tokens
     rows = len(prompts)
-    options = {"temperature": 1.0, "seed": 0, "rows": rows, "stop": False}
+    length = max(map(len, prompts)) + bench.new_tokens
 
-    def decode(length):
-        cache = Cache(model, rows, max(map(len, prompts)) + new)  # with its graphs
-
-        def run():
-            generate(
-                model, policy.tokenizer, prompts, max_new_tokens=length, cache=cache, **options
+    def step_seconds(graphs) -> float:
+        cache = Cache(model, rows, length, graphs=graphs)
+        options = {"temperature": 1.0, "seed": 0, "rows": rows, "stop": False, "cache": cache}
+        spent = [
+            seconds(
+                lambda new=new: generate(
+                    model, policy.tokenizer, prompts, max_new_tokens=new, **options
+                ),
+                model.device,
             )
+            for new in (1, bench.new_tokens)
+        ]
+        return (spent[1] - spent[0]) / (bench.new_tokens - 1)
 
-        return seconds(run, model.device)
-
-    step = (decode(new) - decode(1)) / (new - 1)
+    step = step_seconds(graphs=True)
     size = next(model.parameters()).element_size()
-    context = sum(map(len, prompts)) + rows * new / 2
+    context = sum(map(len, prompts)) + rows * bench.new_tokens / 2
     read = size * model.num_parameters() + memory.cache_bytes(model.config, size, context)
     bound = read / copy_bandwidth(model.device)
-    more = {"rows": rows, "ms": 1e3 * step}
-    report.figure("decode", 1 / step, "steps/s", "bandwidth_bound", 1 / bound, **more)
+    figure(bench, "decode", 1e3 * step, "ms", "bandwidth_bound", 1e3 * bound, rows=rows)
+    if model.device.type == "cuda":
+        figure(bench, "graph", 1e3 * step, "ms", "eager", 1e3 * step_seconds(graphs=False))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,113 +227,71 @@ def bench_decode(policy, bench, prompts, report):
 def padded_step(policy, rows, tokens_at_once):
     """The peer of the update: every row padded to the longest, float32 logits at every position."""
     model = policy.model
-    device = model.device
-    policy.optimizer.zero_grad()
     model.train()
     tokens = sum(len(row.response_ids) for row in rows)
     width = max(map(len, rows))
     count = max(1, tokens_at_once // width)
     for start in range(0, len(rows), count):
-        batch = rows[start : start + count]
-        t = collate(batch, policy.tokenizer.pad_token_id or 0, device)
-        missing = width - t["ids"].shape[1]
-        ids = F.pad(t["ids"], (0, missing))  # [B, L], as all below
-        mask = F.pad(t["response_mask"], (0, missing))
-        lengths = torch.tensor([len(row) for row in batch], device=device)
-        attention = torch.arange(width, device=device) < lengths[:, None]
+        some = rows[start : start + count]
+        batch = collate(some, policy.tokenizer.pad_token_id or 0, model.device)
+        missing = width - batch["ids"].shape[1]
+        ids = F.pad(batch["ids"], (0, missing))  # [B, L], as all below
+        mask = F.pad(batch["response_mask"], (0, missing))
+        lengths = torch.tensor([len(row) for row in some], device=model.device)
+        attention = torch.arange(width, device=model.device) < lengths[:, None]
         logits = model(input_ids=ids, attention_mask=attention.long(), use_cache=False).logits
         logits = logits[:, :-1].float().transpose(1, 2)  # [B, V, L - 1]
         losses = F.cross_entropy(logits, ids[:, 1:], reduction="none")
         ((losses * mask[:, 1:]).sum() / tokens).backward()
     policy.optimizer.step()
+    policy.optimizer.zero_grad()
     model.eval()
 
 
-def bench_update(policy, config, bench, episodes, report):
+def bench_update(policy, config, bench, episodes):
     """One optimizer step on the rows that the rollout has left."""
     model = policy.model
-    rows = []
-    for step in (s for e in episodes for s in e.steps):
-        advantage = 1.0 if len(rows) % 2 else -1.0
-        rows.append(Row(step.prompt_ids, step.response_ids, advantage, step.logprobs))
-    rows = rows[: bench.update_rows]
+    steps = [step for e in episodes for step in e.steps][: bench.update_rows]
+    rows = [
+        Row(step.prompt_ids, step.response_ids, 1.0 if n % 2 else -1.0, step.logprobs)
+        for n, step in enumerate(steps)
+    ]
     total = sum(map(len, rows))
     one_step = replace(config, minibatch_rows=len(rows))
-    policy.optimizer = make_optimizer(model, config)
-    ours = seconds(lambda: common.update(policy, rows, one_step, seed=0), model.device)
+    policy.optimizer = make_optimizer(model, config.lr, offload=config.offload)
+    ours = total / seconds(lambda: update(policy, rows, one_step, seed=0), model.device)
     parts = memory.parts(config) | {"KV cache": 0, "reference": 0}
-    report.peak("memory_update", memory.peak(parts))
-    theirs = seconds(lambda: padded_step(policy, rows, config.micro_tokens), model.device)
+    expected = memory.situations(parts, config.offload)["update"]
+    peak_memory(bench, "memory_update", memory.FRAGMENTS * expected)
+    theirs = total / seconds(lambda: padded_step(policy, rows, config.micro_tokens), model.device)
     more = {"rows": len(rows), "row_tokens": total / len(rows)}
-    peer = total / theirs
-    report.figure("update", total / ours, "tokens/s", "padded_full_logits", peer, **more)
-    flops = (8 if config.recompute_old else 6) * model.num_parameters() * total / ours
+    figure(bench, "update", ours, "tokens/s", "padded_full_logits", theirs, **more)
+    flops = (8 if config.recompute_old else 6) * model.num_parameters() * ours
     limit = matmul_flops(model.device, next(model.parameters()).dtype)
-    report.figure("mfu", flops, "FLOP/s", "matmul", limit)
+    figure(bench, "mfu", flops, "FLOP/s", "matmul", limit)
 
 
-# --------------------------------------------------------------------------------------------------
-# Whole iterations, and the worlds
-# --------------------------------------------------------------------------------------------------
-
-
-def bench_iterations(config, bench, report):
+def bench_iterations(config, bench):
     """The three scripts as a user runs them: seconds of the last iteration of each."""
-    flags = [f"--{f.name}={getattr(config, f.name)}" for f in fields(config)]
-    flags += [f"--data={Path(config.data).resolve()}", "--run=bench", "--n_req=1000000000"]
+    differing = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "without"}
+    flags = [f"--{name}={value}" for name, value in differing.items()]
+    flags += ["--run=bench", "--n_req=1000000000"]
     flags += [f"--{phase}_iterations={bench.iterations}" for phase in PHASES]
     flags += ["--n_eval=1", "--active_above=-1", "--mine_every=1"]  # so that skills are in use
-    if config.model in SHAPES:  # random weights never succeed, no row has an advantage
-        flags.append("--skip_zero_rows=False")
     with tempfile.TemporaryDirectory() as folder:
         for phase in PHASES:
             command = [sys.executable, ROOT / f"{phase}.py", *flags]
             subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         lines = read_jsonl(Path(folder) / "runs" / "bench" / "metrics.jsonl")
-    last = {line["phase"]: line for line in lines}
-    for phase, line in last.items():
+    for phase, line in {line["phase"]: line for line in lines}.items():
         rows = line["rows"] + line["internalization_rows"]
-        report.figure(f"iteration_{phase}", line["seconds"], "s", rows=rows)
-
-
-def alfworld_speed(item, engine, count) -> float:
-    """Steps/s of an engine, first loading not counted; a new episode every 50 steps."""
-    game = envs.make_env("alfworld", item, engine)
-    obs = game.reset()
-    start = time.perf_counter()
-    for i in range(1, count + 1):
-        obs, *_ = game.step(obs.admissible[i % len(obs.admissible)])
-        if i % 50 == 0:
-            obs = game.reset()
-    return count / (time.perf_counter() - start)
-
-
-def bench_webshop(report, sessions=100):
-    """The demonstrator's sessions played again; a start counts as a step."""
-    folder = shop.write_catalogue()
-    rng = random.Random(0)
-    played = []  # (session, its actions)
-    for item in envs.list_items("webshop", "train", folder)[:sessions]:
-        env = envs.make_env("webshop", item)
-        steps = shop.demonstrate(env, list(env.goal["goal_options"]), rng)
-        played.append((env, [action for _, _, action, _ in steps]))
-
-    def replay():
-        for env, actions in played:
-            env.reset()
-            for action in actions:
-                env.step(action)
-
-    steps = sum(1 + len(actions) for _, actions in played)
-    spent = seconds(replay, torch.device("cpu"))
-    report.figure("webshop", 1e6 * spent / steps, "us/step", steps=steps)
+        figure(bench, f"iteration_{phase}", line["seconds"], "s", rows=rows)
 
 
 def main():
     config, bench = parse_config("bench", __doc__, Bench)
-    if not config.data:  # the generated games or products
-        write = shop.write_catalogue if config.env == "webshop" else household.write_games
-        config.data = str(write())
+    if not config.data:
+        config.data = PRESETS["tiny" if config.env == "webshop" else "tiny-household"]["data"]
     device = set_up(config)
     policy = Policy(*load_policy(config.model, config, device))
     first = {
@@ -361,25 +304,19 @@ def main():
         "dtype": config.dtype,
         "parameters": policy.model.num_parameters(),
     }
-    report = Report(bench.out, first)
-
+    report(bench, first)
     short = replace(config, max_steps=bench.turns, max_response_tokens=bench.new_tokens)
     episodes, turns = play(policy, short, bench)
     parts = memory.parts(short) | {"optimizer": 0, "reference": 0}  # neither is loaded yet
-    report.peak("memory_rollout", memory.situations(parts)["rollout"])
-    bench_rollout(policy, config, bench, turns, report)
-    bench_decode(policy, bench, turns[-1][: config.generation_rows], report)
-    bench_update(policy, config, bench, episodes, report)
+    peak_memory(bench, "memory_rollout", memory.situations(parts, False)["rollout"])
+    bench_rollout(policy, config, bench, turns)
+    bench_decode(policy, bench, turns[-1][: config.generation_rows])
+    bench_update(policy, config, bench, episodes)
     del policy  # the scripts load their own
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if bench.iterations:
-        bench_iterations(config, bench, report)
-    item = envs.list_items("alfworld", "train", household.write_games())[0]
-    fast = alfworld_speed(item, "fast", 20_000)
-    stock = alfworld_speed(item, "textworld", bench.env_steps)
-    report.figure("env", fast, "steps/s", "stock", stock)
-    bench_webshop(report)
+        bench_iterations(config, bench)
 
 
 if __name__ == "__main__":
