@@ -1,6 +1,5 @@
 """What the documents say of the code holds: references, the paper-to-code map, the forks."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -9,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
-
-from tools import pool, regime, report, study
 
 SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "runs", "tests"} & set(p.parts)]
 METHOD = (ROOT / "docs" / "method.md").read_text()
@@ -61,46 +58,6 @@ def test_every_logged_name_is_in_the_glossary():
     assert len(logged) > 12
     for name in logged:
         assert f"`{name}`" in glossary, name
-
-
-def test_the_numbers_of_the_readme_are_those_of_the_result_files():
-    readme = (ROOT / "README.md").read_text()
-    demo = json.loads(result("demo.json"))
-    for line in report.markdown_table(demo["rows"]).splitlines():
-        assert line in readme, line
-    assert demo["conclusion"] and demo["conclusion"] in readme
-    rows = json.loads(result("regime.json"))
-    assert regime.table(rows) in result("study.md")
-    pooled = json.loads(result("pool-siri-gigpo.json"))
-    for measure in ("curve", "end"):
-        assert pool.sentence(pooled, measure) in readme
-        assert pool.sentence(pooled, measure) in result("study.md")
-    new = json.loads(result("pool-new-seeds.json"))
-    assert f"over the curve {pool.sentence(new, 'curve')}, at the end" in result("study.md")
-    assert f"{pooled['curve_ahead']} of them ahead" in readme
-    strong = json.loads(result("pool-response-new.json"))
-    assert f"{pool.sentence(strong, 'curve')} over SIRI" in readme
-    assert f"over the curve {pool.sentence(strong, 'curve')} on the ten" in result("study.md")
-    for row in rows:
-        if row["variant"] != study.CONTROL:
-            gain = f"{row['curve_gain']:+.3f} ({study.between(row['curve_interval'])})"
-            assert gain in readme, f"{row['study']} {row['variant']}: {gain}"
-    real = re.search(r"SIRI - GiGPO over all of these: (.*)\.", result("alfworld.md"))
-    assert real.group(1) in readme
-    gain = re.search(r"\| siri \|.*?\| ([+-][\d.]+) \| ", result("study-alfworld.md"))
-    assert f"{gain.group(1)} " in result("alfworld.md")
-    solved = json.loads(result("smollm2-real.json"))["solved"]
-    siri, gigpo = len(solved["SIRI"]), len(solved["GiGPO"])
-    assert f"SIRI {siri} and GiGPO {gigpo} of 140 held-out games" in readme
-    for line in map(json.loads, result("bench-gpu.jsonl").splitlines()):
-        if line.get("figure") in ("rollout", "update"):
-            assert f"{line['value']:,.0f}" in readme, line
-    siri, gigpo = re.findall(r"at the end \| \d+ \| (\d+) \| (\d+)", result("smollm2.md"))[-1]
-    assert f"SIRI {siri} and GiGPO {gigpo} of 60" in readme
-
-
-def result(name) -> str:
-    return (ROOT / "results" / name).read_text()
 
 
 # --- docs/fork.md ---------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from runtime import saves
 from runtime.run import Run, run_script
 from skills import Skill, SkillBank
 from tiny import shop
-from tools import plot
 from worlds import alfworld
 
 SMALL = """--tasks 2 --group_size 4 --max_steps 8 --n_req 9999 --warmup_iterations 2
@@ -102,11 +101,6 @@ def test_evaluation_plays_every_item_once_plain_and_with_skills(finished, games)
     assert sum(r["n"] for name, r in results.items() if name != "all") == 12
     (path,) = finished.glob("eval-valid_seen-mine-skills*.json")
     assert json.loads(path.read_text())["skills"] is True
-
-
-def test_a_run_is_drawn(finished):
-    plot.draw(finished, finished / "plot.png")
-    assert (finished / "plot.png").stat().st_size > 20_000
 
 
 def test_evaluation_does_not_count_as_a_try_and_uses_active_skills_alone(config, monkeypatch):

@@ -8,7 +8,7 @@ An ALFWorld game is a small deterministic state machine written in PDDL. The sto
 through a planner library and a grammar interpreter, at 40-50 ms a step; this file plays the same
 machine with a few Python sets, in microseconds, so a batch of 128 games lives in one process. It
 reads the original `game.tw-pddl` files and equals stock on every observation, admissible action,
-reward and end: `python -m tools.compare_alfworld` certifies that on your data.
+reward and end: `python -m tests.certify_alfworld` certifies that on your data.
 `engine="textworld"` plays the stock package instead.
 
 Differences from stock, on purpose: the `-= Welcome to TextWorld =-` header is cut and `help` is not
