@@ -30,7 +30,7 @@ def write_run(root, success, **changes):
     skill = {"condition": EVIL, "strategy": EVIL, "bucket": EVIL, "utility": 0.2, "n": 3}
     skill |= {"status": EVIL, "born": 1, "deltas": [0.5, 0, -0.25]}
     (root / "distill" / "skills.jsonl").write_text(json.dumps(skill) + "\n")
-    said = f"<think>{ACTION}</think>{ACTION}"
+    said = f"<think>{ACTION}</think>{ACTION}{EVIL}"
     step = {"saw": EVIL, "said": said, "did": EVIL, "reward": 1, "advantage": 0.5}
     distilled = [step | {"weight": w, "distilled": ACTION} for w in (0.5, 1.0, 0.0)]
     lines = []
@@ -60,6 +60,9 @@ def page(runs) -> str:
 
 
 def test_no_text_of_a_run_becomes_html(runs):
+    record = json.loads((runs / "r" / EVALUATION).read_text())
+    record["results"]["all"]["n"] = EVIL
+    (runs / "r" / EVALUATION).write_text(json.dumps(record))
     html = page(runs)
     assert "<script" not in html and "<img src=x" not in html
     assert html.count("&lt;script&gt;") > 20
@@ -74,7 +77,7 @@ def test_what_was_distilled_is_marked_at_its_last_occurrence_darker_with_its_wei
         style, marked = mark.split("</mark>")[0].split(">", 1)
         assert f'{alpha})" title="w = {weight}"' in style
         assert marked.startswith("&lt;action&gt;") and marked.endswith("&lt;/action&gt;")
-        assert mark.split("</mark>")[1].startswith("</div>")  # the end of what was said
+        assert "&lt;action&gt;" not in mark.split("</mark>")[1].split("</div>")[0]
     step = {"said": "a b", "weight": 9.0}
     assert report.response(step | {"distilled": "c"}) == "a b" == report.response(step)
     assert ", 0.75)" in report.response(step | {"distilled": "b"})
@@ -98,6 +101,8 @@ def test_both_halves_of_a_game_stand_side_by_side_those_that_differ_first(runs):
 
 
 def test_run_and_control_are_compared_on_one_panel_at_equal_episodes(runs, capsys):
+    mined = runs / "c" / EVALUATION.replace("distill", "mine")
+    mined.write_text((runs / "c" / EVALUATION).read_text())
     report.main()
     said = capsys.readouterr().out
     assert "| after `distill.py`: SIRI | 32 | 7 of 10 | 0.700 | 0.100 to 0.950 |" in said
@@ -119,14 +124,15 @@ def test_run_and_control_are_compared_on_one_panel_at_equal_episodes(runs, capsy
 
 
 def test_the_picture_has_whole_iterations_and_both_ends_with_their_numbers(runs):
-    figure = report.draw("r", "c")
+    write_run(runs / "d", success=0.66)
+    figure = report.draw("r", "d")
     success, delta, skills, weight, share = figure.axes
     figure.canvas.draw()
     assert [text.get_text() for text in weight.get_xticklabels()] == ["1", "2", "3", "4"]
     ends = {text.get_text(): text for text in success.texts if text.get_text()[0] == "0"}
     assert {name: text.get_color() for name, text in ends.items()} == {
         "0.70": "black",
-        "0.20": study.GRAY,
+        "0.66": study.GRAY,
     }
     a, b = (text.get_window_extent() for text in ends.values())
     assert not a.overlaps(b)

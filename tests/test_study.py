@@ -25,8 +25,9 @@ def two_seeds(gain):
     the seeds differ by far more than the variants, and the control names them the other way round.
     """
     control = {seed: [[0, n, 10], [100, n, 10]] for seed, n in (("2", 6), ("1", 0))}
-    ours = {seed: [[50, n, 10], [150, n + gain, 10]] for seed, n in (("1", 0), ("2", 6))}
-    return {"gigpo": control, "siri": ours}
+    one = [[50, 0, 10], [150, gain, 10]]
+    two = [[70, 6, 10], [170, 6 + gain, 10]]
+    return {"gigpo": control, "siri": {"1": one, "2": two}}
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def test_a_line_of_the_table_is_the_variant_minus_its_control():
     curves["siri"]["2"][-1][1] = 6  # one seed gains, the other does not: a tie is not ahead
     gigpo, siri = study.rows({"s": {"title": "t", "variants": curves}}, "s")
     assert gigpo == ["t", "GiGPO", "2", "100", "0.300", "0.300", "0.300", "", "", "", ""]
-    assert siri[:7] == ["t", "SIRI", "2", "150", "0.300", "0.400", "0.350"]
+    assert siri[:7] == ["t", "SIRI", "2", "160", "0.300", "0.400", "0.350"]
     assert siri[7:9] == ["+0.050 (-0.585 to +0.685)", "1 of 2"]  # 12.706 * 0.05
     assert siri[9:] == ["+0.100 (-1.171 to +1.371)", "1 of 2"]
     turned = {"s": {"title": "t", "variants": curves, "control": "siri"}}
@@ -155,20 +156,10 @@ def test_without_warmup_mining_begins_with_the_initial_policy():
     assert "--tasks 8 --seed 1" in mine["flags"] and "--without warmup" in mine["flags"]
 
 
-def test_a_seed_warms_up_once_and_mines_once_for_variants_that_are_alike():
-    args = plan(variants=["siri", "no-gate", "gigpo"], seeds=["1", "2"])
-    init, *rest = [sorted(stages[0]["run"] for stages in wave) for wave in study.waves(args)]
-    assert init == []
-    assert rest[0] == ["n-warmup-s1", "n-warmup-s2"]
-    assert rest[1] == [f"n-mine-{x}" for x in ("gigpo-s1", "gigpo-s2", "siri-s1", "siri-s2")]
-    assert len(rest[2]) == 6 and all(len(stages) == 2 for stages in study.waves(args)[3])
-
-
 @pytest.fixture
 def scripts(tmp_path, monkeypatch):
     """Every command in order; a phase script is at the iteration it was sent to, at the least."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "tqdm", lambda done, **options: done)
     said = []
     reached = {}
 
@@ -181,21 +172,23 @@ def scripts(tmp_path, monkeypatch):
             return
         out = tmp_path / words[words.index("--out") + 1]
         out.parent.mkdir(parents=True, exist_ok=True)
-        solved = {f"i{k}": k < reached.get(run, 0) for k in range(6)}
-        out.write_text(json.dumps({"iteration": reached.get(run), "items": solved}))
+        iteration = None if "init" in words else reached[run]
+        solved = {f"i{k}": k < (iteration or 0) for k in range(6)}
+        out.write_text(json.dumps({"iteration": iteration, "items": solved}))
 
     monkeypatch.setattr(study, "command", command)
     return SimpleNamespace(said=said, reached=reached, root=tmp_path)
 
 
-def run(args):
-    for wave in study.waves(args):
-        for stages in wave:
-            study.perform(args, stages)
+def test_a_seed_warms_up_once_and_mines_once_for_variants_that_are_alike(scripts):
+    study.run_seed(plan(variants=["siri", "no-gate", "gigpo"], points=1), "2")
+    done = [line.split()[1] for line in scripts.said if "evaluate.py" not in line]
+    runs = ("warmup", "mine-siri", "siri", "no-gate", "mine-gigpo", "gigpo")
+    assert done == [f"n-{run}-s2" for run in runs]
 
 
 def test_a_stage_is_evaluated_from_its_own_checkpoint_before_the_next_begins(scripts):
-    run(plan())
+    study.run_seed(plan(), "1")
     done = [(said.split()[0], said.split()[1]) for said in scripts.said]
     phases = [("warmup", "n-warmup-s1"), ("mine", "n-mine-siri-s1")] + [
         ("distill", "n-siri-s1")
@@ -212,14 +205,14 @@ def test_a_stage_is_evaluated_from_its_own_checkpoint_before_the_next_begins(scr
 def test_finished_commands_are_skipped_and_a_run_that_went_on_is_not_taken_for_an_earlier_stage(
     scripts,
 ):
-    run(plan())
+    study.run_seed(plan(), "1")
     before = list(scripts.said)
-    run(plan())
+    study.run_seed(plan(), "1")
     assert scripts.said == before
     out = scripts.root / "runs/n-siri-s1/study-distill-2.json"
     out.unlink()
     with pytest.raises(UserError, match="iteration 2 of distill was to be evaluated, but .* at 4"):
-        run(plan())
+        study.run_seed(plan(), "1")
     assert not out.exists()
 
 
@@ -313,4 +306,4 @@ def test_the_figure_names_each_variant_once_in_one_colour_everywhere(monkeypatch
     assert colors[0] == [study.GRAY, study.BLUE] and colors[1][:2] == colors[0]
     assert len(set(colors[1])) == 3
     line = figure.axes[0].lines[1]  # siri: the mean of two seeds
-    assert np.allclose(line.get_xydata(), [[50, 0.3], [150, 0.5]])
+    assert np.allclose(line.get_xydata(), [[60, 0.3], [160, 0.5]])

@@ -7,7 +7,7 @@
 all variants that are alike in phase 1, and a fork of that through `distill.py` for each variant.
 The whole held-out split is played with the plain prompt after the warm-up, after mining and at
 --points points of phase 2. A command whose evaluation is there is skipped, so the same line goes on
-where it was stopped. --jobs processes run at once, each on one thread.
+where it was stopped. --jobs seeds run at once, each on one thread.
 
 The result joins the other studies in results/study.json, as name -> {title, variants, ...}:
 
@@ -23,7 +23,6 @@ speaks of other seeds on the same items. A single seed has no interval.
 """
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -39,7 +38,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from tqdm import tqdm
 
 from config import UserError, read_json, read_jsonl, write_atomically
 from runtime.run import run_script
@@ -81,10 +79,7 @@ def describe(variant) -> tuple[str, str, str]:
 
 
 def chain(args, variant, seed) -> list[dict]:
-    """The stages of one variant and seed, in order: a command, then an evaluation.
-
-    Stages before phase 2 are the same dict for all variants that share them.
-    """
+    """The stages of one variant and seed, in order: a command, then an evaluation."""
     _, both, later = describe(variant)
     fresh = f"{args.flags} --seed {seed}"
     warm = f"{args.name}-warmup-s{seed}"
@@ -109,21 +104,13 @@ def chain(args, variant, seed) -> list[dict]:
     return stages
 
 
-def waves(args) -> list[list]:
-    """Phase by phase, since each forks the one before: the stages of each run."""
-    found = {phase: defaultdict(dict) for phase in ("init", "warmup", "mine", "distill")}
-    for seed, variant in itertools.product(args.seeds, args.variants):
-        for stage in chain(args, variant, seed):
-            found[stage["phase"]][stage["run"]][stage["out"]] = stage
-    return [[list(stages.values()) for stages in runs.values()] for runs in found.values()]
-
-
 def command(script, run, flags):
     """Run a script on one thread, its output in runs/<run>.log; UserError with its last line."""
     log = Path("runs") / f"{run}.log"
     log.parent.mkdir(exist_ok=True)
     line = [sys.executable, str(ROOT / script), "--run", run, *shlex.split(flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    print(f"{script} {run}", flush=True)
     with open(log, "a") as file:
         done = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
@@ -131,23 +118,29 @@ def command(script, run, flags):
         raise UserError(f"{' '.join(line[1:])}: {last} (see {log})")
 
 
-def perform(args, stages):
-    """The stages of one run. UserError if one was to be evaluated after the run had gone on."""
-    for stage in stages:
-        run, phase, out = stage["run"], stage["phase"], Path(stage["out"])
-        if out.exists():
-            continue
-        how = f"--checkpoint {phase} --eval_items {args.eval_items} --out {out}"
-        if phase == "init":  # there is no run yet whose flags the evaluation could take
-            how += f" {stage['flags']}"
-        else:
-            command(f"{phase}.py", run, stage["flags"])
-        command("evaluate.py", run, how)
-        reached = read_json(out)["iteration"]
-        if stage["iteration"] not in (None, reached):
-            out.unlink()
-            wanted = f"iteration {stage['iteration']} of {phase} was to be evaluated"
-            raise UserError(f"runs/{run}: {wanted}, but it is at {reached}; remove that folder")
+def perform(args, stage):
+    """A stage, unless its evaluation is there. UserError if the run has gone on beyond it."""
+    run, phase, out = stage["run"], stage["phase"], Path(stage["out"])
+    if out.exists():
+        return
+    how = f"--checkpoint {phase} --eval_items {args.eval_items} --out {out}"
+    if phase == "init":  # there is no run yet whose flags the evaluation could take
+        how += f" {stage['flags']}"
+    else:
+        command(f"{phase}.py", run, stage["flags"])
+    command("evaluate.py", run, how)
+    reached = read_json(out)["iteration"]
+    if stage["iteration"] not in (None, reached):
+        out.unlink()
+        wanted = f"iteration {stage['iteration']} of {phase} was to be evaluated"
+        raise UserError(f"runs/{run}: {wanted}, but it is at {reached}; remove that folder")
+
+
+def run_seed(args, seed):
+    """Variant after variant; what they share is there when the second one comes to it."""
+    for variant in args.variants:
+        for stage in chain(args, variant, seed):
+            perform(args, stage)
 
 
 def remember(args):
@@ -394,7 +387,7 @@ def parse():
     run.add_argument("--distill_iterations", type=int, default=12)
     run.add_argument("--points", type=int, default=3, help="evaluations within phase 2")
     run.add_argument("--eval_items", type=int, default=0, help="of the panel; 0: all of it")
-    run.add_argument("--jobs", type=int, default=1, help="processes at once")
+    run.add_argument("--jobs", type=int, default=1, help="seeds at once")
     args = parser.parse_args()
     if args.command == "run":
         args.variants, args.seeds = args.variants.split(","), args.seeds.split(",")
@@ -407,10 +400,8 @@ def parse():
 
 def run_study(args) -> str:
     remember(args)
-    for wave in filter(None, waves(args)):
-        with ThreadPoolExecutor(args.jobs) as pool:
-            done = pool.map(lambda stages: perform(args, stages), wave)
-            list(tqdm(done, desc=args.name, unit="run", total=len(wave)))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda seed: run_seed(args, seed), args.seeds))
     studies = read_json(RESULTS) if RESULTS.exists() else {}
     study = {"title": args.title or args.name, "panel": True} | collect(args)
     study["command"] = "python -m tools.study " + shlex.join(sys.argv[1:])
