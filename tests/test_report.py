@@ -118,6 +118,7 @@ def test_run_and_control_are_compared_on_one_panel_at_equal_episodes(runs, capsy
     lines = (runs / "c" / "metrics.jsonl").read_text().splitlines()
     (runs / "c" / "metrics.jsonl").write_text("\n".join(lines).replace("32", "64"))
     assert report.conclusion(report.evaluations("r", "c")) == ""  # more episodes than the run
+    assert "`python evaluate.py`" in report.conclusion([])
     (runs / "r" / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="run warmup.py"):
         report.main()

@@ -84,7 +84,7 @@ def conclusion(rows) -> str:
             if all(siri[key] == control[key] for key in ("panel", "episodes")):
                 gain = siri["success"] - control["success"]
                 return f"SIRI - GiGPO at equal episodes: {gain:+.3f}. One seed, so no interval."
-    return ""
+    return "" if rows else "No evaluation yet: `python evaluate.py` makes one."
 
 
 # --------------------------------------------------------------------------------------------------
