@@ -1,4 +1,4 @@
-"""The ALFWorld engine and its files. `python -m tools.compare_alfworld` is the full comparison."""
+"""The ALFWorld engine and its files. `python -m tests.certify_alfworld` is the full comparison."""
 
 import itertools
 import json
@@ -12,8 +12,8 @@ from conftest import SHARED
 
 import envs
 from config import UserError
+from tests import certify_alfworld
 from tests.faults import damaged_worlds
-from tools import compare_alfworld
 from worlds import alfworld, household
 
 
@@ -24,7 +24,7 @@ def test_fast_engine_equals_stock_alfworld_on_generated_games(games):
     for path in envs.list_items("alfworld", "valid_seen", games):
         if alfworld.task_type_of(path) not in seen:
             seen.add(alfworld.task_type_of(path))
-            differences = [d for _, d in compare_alfworld.play_both(path, rng, steps=10) if d]
+            differences = [d for _, d in certify_alfworld.play_both(path, rng, steps=10) if d]
             assert not differences, f"{path}: {differences[0]}"
     assert len(seen) == 6
 
@@ -46,7 +46,7 @@ def test_fast_engine_equals_stock_alfworld_on_real_games(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True)
         path.write_bytes(content)
-        differences = [d for _, d in compare_alfworld.play_both(str(path), rng, steps=10) if d]
+        differences = [d for _, d in certify_alfworld.play_both(str(path), rng, steps=10) if d]
         assert not differences, f"{name}: {differences[0]}"
 
 

@@ -1,88 +1,147 @@
-"""The page of a run: what a model or a world wrote stays text, marks show what is distilled."""
+"""The page and the picture of a run: texts stay text, marks show what was distilled."""
 
 import json
 
+import numpy as np
 import pytest
 
-from config import PRESETS, Config
-from tools import report
+from config import UserError
+from tools import report, study
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>&\"'"
+ACTION = f"<action>{EVIL}</action>"
+EVALUATION = "eval-test-distill-T0.4-s0.json"
+
+
+def write_run(root, success, **changes):
+    """A run folder written by hand, hostile in every text."""
+    (root / "distill").mkdir(parents=True)
+    (root / "config.json").write_text(json.dumps({"model": EVIL}))
+    phases = [("warmup", k) for k in (1, 2)] + [("mine", 1), ("distill", 1)]
+    text = ""
+    for number, (phase, k) in enumerate(phases, 1):
+        record = {"phase": phase, "iteration": k, "episodes_so_far": 8 * number}
+        record |= {"success_plain": 0.1 * number}
+        if phase != "warmup":
+            record |= {"success_skill": 0.5, "delta": -0.25, "active": 1, "candidate": 2}
+            record |= {"retired": 0, "lambda": 0.1, "gated_share": 0.3}
+        text += json.dumps(record) + "\n"
+    (root / "metrics.jsonl").write_text(text)
+    skill = {"condition": EVIL, "strategy": EVIL, "bucket": EVIL, "utility": 0.2, "n": 3}
+    skill |= {"status": EVIL, "born": 1, "deltas": [0.5, 0, -0.25]}
+    (root / "distill" / "skills.jsonl").write_text(json.dumps(skill) + "\n")
+    said = f"<think>{ACTION}</think>{ACTION}{EVIL}"
+    step = {"saw": EVIL, "said": said, "did": EVIL, "reward": 1, "advantage": 0.5}
+    distilled = [step | {"weight": w, "distilled": ACTION} for w in (0.5, 1.0, 0.0)]
+    lines = []
+    for skills, steps in (([EVIL], [*distilled, step]), ([], [step])):
+        where = {"phase": "distill", "iteration": 1, "group": "g", "delta": 0.5, "task": EVIL}
+        lines.append(where | {"skills": skills, "success": bool(skills), "steps": steps})
+    (root / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    counts = {"n": 10, "solved": round(10 * success), "success": success, "low": 0.1, "high": 0.95}
+    record = {"checkpoint": EVIL, "skills": False, "results": {"all": counts | {"score": 0.8}}}
+    record |= {"seed": 0, "split": "test", "digest": EVIL, "temperature": 0.4} | changes
+    (root / EVALUATION).write_text(json.dumps(record))
+    return record
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A run folder written by hand, hostile in every text."""
+def runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    root = tmp_path / "runs" / "r"
-    (root / "distill").mkdir(parents=True)
-    config = vars(Config(**PRESETS["tiny"])) | {"model": EVIL}
-    (root / "config.json").write_text(json.dumps(config))
-    metrics = {"phase": "distill", "iteration": 1, "success_plain": 0.5, "episodes_so_far": 8}
-    (root / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
-    skill = {"condition": EVIL, "strategy": EVIL, "bucket": EVIL, "utility": 0.2, "n": 3}
-    skill |= {"status": "active", "born": 1, "deltas": [0.5, 0, -0.25]}
-    (root / "distill" / "skills.jsonl").write_text(json.dumps(skill) + "\n")
-    said = f"<think>{EVIL}</think><action>{EVIL}</action>"
-    lines = []
-    for skills, success in (([EVIL], True), ([], False)):
-        steps = [
-            {"saw": EVIL, "said": said, "did": EVIL, "reward": 1, "advantage": a} for a in (0.5, -1)
-        ]
-        where = {"phase": "distill", "iteration": 1, "group": "g", "delta": 0.5, "task": EVIL}
-        lines.append(where | {"skills": skills, "success": success, "steps": steps})
-    (root / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    counts = {"n": 10, "solved": 7, "success": 0.7, "low": 0.4, "high": 0.9, "score": 0.8}
-    record = {"checkpoint": EVIL, "skills": False, "results": {"all": counts}, "seed": 0}
-    record |= {"split": "test", "digest": "d", "temperature": 0.4}
-    record["items"] = {f"{EVIL}{n}": n < 7 for n in range(10)}
-    (root / "eval-test-distill-T0.4-s0.json").write_text(json.dumps(record))
-    return root
+    monkeypatch.setattr("sys.argv", ["report.py", "--run", "r", "--control", "c"])
+    write_run(tmp_path / "runs" / "r", success=0.7)
+    write_run(tmp_path / "runs" / "c", success=0.2)
+    return tmp_path / "runs"
 
 
-def test_no_text_of_a_run_becomes_html(run):
-    html = report.run_page("r", "", 3)
+def page(runs) -> str:
+    report.main()
+    return (runs / "r" / "report.html").read_text()
+
+
+def test_no_text_of_a_run_becomes_html(runs):
+    record = json.loads((runs / "r" / EVALUATION).read_text())
+    record["results"]["all"]["n"] = EVIL
+    (runs / "r" / EVALUATION).write_text(json.dumps(record))
+    html = page(runs)
     assert "<script" not in html and "<img src=x" not in html
-    assert html.count("&lt;script&gt;") > 10
-    assert "http" not in html.replace("http-equiv", "")  # it fetches nothing
+    assert html.count("&lt;script&gt;") > 20
+    assert "http" not in html  # it fetches nothing
+    assert (runs / "r" / "plot.png").stat().st_size > 20_000 and "data:image/png;base64," in html
 
 
-def test_the_distilled_action_is_marked_and_no_other(run):
-    html = report.run_page("r", "", 3)
-    assert html.count("<mark") == 1  # skill arm, Delta_g > 0, A > 0: one of four steps
-    marked = html[html.index("<mark") :].split("</mark>")[0]
-    assert 'title="w = 0.50"' in marked and "&lt;/action&gt;" in marked and "think" not in marked
+def test_what_was_distilled_is_marked_at_its_last_occurrence_darker_with_its_weight(runs):
+    marks = page(runs).split("<mark")[1:]
+    assert len(marks) == 2  # of four steps with a skill one has weight 0, and one has no weight
+    for mark, alpha, weight in zip(marks, ("0.45", "0.75"), ("0.50", "1.00"), strict=True):
+        style, marked = mark.split("</mark>")[0].split(">", 1)
+        assert f'{alpha})" title="w = {weight}"' in style
+        assert marked.startswith("&lt;action&gt;") and marked.endswith("&lt;/action&gt;")
+        assert "&lt;action&gt;" not in mark.split("</mark>")[1].split("</div>")[0]
+    step = {"said": "a b", "weight": 9.0}
+    assert report.response(step | {"distilled": "c"}) == "a b" == report.response(step)
+    assert ", 0.75)" in report.response(step | {"distilled": "b"})
 
 
-def test_marks_follow_the_ablations_of_the_run(run):
-    config = json.loads((run / "config.json").read_text())
-    step = {"said": "<think>a</think><action>b</action>", "advantage": 4.0}
-    assert report.weight_of(step, config) == 1.0
-    assert report.weight_of(step, config | {"normalize_std": False}) == 0.4  # in rewards of 10
-    assert report.weight_of({"advantage": -1}, config) == 0
-    assert report.weight_of({"advantage": -1}, config | {"internalize_weight": "one"}) == 1
-    record = {"phase": "distill", "skills": ["s"], "delta": -0.5}
-    assert not report.is_gated(record, config)
-    assert report.is_gated(record, config | {"internalize_gate": "none"})
-    assert not report.is_gated(record | {"delta": 0.5}, config | {"lambda_max": 0})
-    whole = report.response(step, config | {"internalize_tokens": "response"}, True)
-    assert whole.startswith("<mark")
+def test_both_halves_of_a_game_stand_side_by_side_those_that_differ_first(runs):
+    html = page(runs)
+    assert '<b>Skill half</b>, <span class="solved">' in html and "Δ_g = +0.50" in html
+    assert '<b>Plain half</b>, <span class="failed">' in html
+    path = runs / "r" / "episodes.jsonl"
+    skilled, plain = map(json.loads, path.read_text().splitlines())
+    lines = []
+    for k in range(8):  # in the second half of the games both halves succeed
+        where = {"iteration": k, "task": f"game {k}."}
+        lines += [skilled | where, plain | where | {"success": k > 3}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = report.pairs(runs / "r", 2)
+    assert [k for k in range(8) if f"game {k}." in shown] == [0, 2]
+    path.unlink()
+    assert "No game" in report.pairs(runs / "r", 2)
 
 
-def test_run_and_control_are_compared_on_the_same_panel_without_skills(run):
-    control = run.parent / "c"
-    control.mkdir()
-    name = "eval-test-distill-T0.4-s0.json"
-    record = json.loads((run / name).read_text())
-    (control / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
-    skilled = json.dumps(record | {"skills": True})
-    (run / "eval-test-distill-skills-T0.4-s0.json").write_text(skilled)
-    (control / name).write_text(json.dumps(record | {"digest": "another"}))
-    assert report.conclusion(report.evaluations("r", "c")) == ""
-    record["items"] = dict.fromkeys(record["items"], False)
-    (control / name).write_text(json.dumps(record))
-    rows = report.evaluations("r", "c")
-    assert [row["episodes"] for row in rows] == [8, 8, 8]
-    said = report.conclusion(rows)
-    assert "+0.700 (95% over the items: +0.401 to +0.999)" in said, said
-    assert "| after `distill.py`: SIRI | 8 | 7 of 10 | 0.700 |" in report.markdown_table(rows)
+def test_run_and_control_are_compared_on_one_panel_at_equal_episodes(runs, capsys):
+    mined = runs / "c" / EVALUATION.replace("distill", "mine")
+    mined.write_text((runs / "c" / EVALUATION).read_text())
+    report.main()
+    said = capsys.readouterr().out
+    assert "| after `distill.py`: SIRI | 32 | 7 of 10 | 0.700 | 0.100 to 0.950 |" in said
+    assert "| the control: GiGPO, equal episodes | 32 | 2 of 10 | 0.200 |" in said
+    assert "SIRI - GiGPO at equal episodes: +0.500. One seed, so no interval." in said
+    table = json.loads((runs / "r" / "table.json").read_text())
+    assert [row["episodes"] for row in table["rows"]] == [32, 32] and table["conclusion"] in said
+    record = json.loads((runs / "c" / EVALUATION).read_text())
+    for change in ({"digest": "another"}, {"temperature": 1.0}, {"skills": True}):
+        (runs / "c" / EVALUATION).write_text(json.dumps(record | change))
+        assert report.conclusion(report.evaluations("r", "c")) == ""
+    (runs / "c" / EVALUATION).write_text(json.dumps(record))
+    lines = (runs / "c" / "metrics.jsonl").read_text().splitlines()
+    (runs / "c" / "metrics.jsonl").write_text("\n".join(lines).replace("32", "64"))
+    assert report.conclusion(report.evaluations("r", "c")) == ""  # more episodes than the run
+    assert "`python evaluate.py`" in report.conclusion([])
+    (runs / "r" / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="run warmup.py"):
+        report.main()
+
+
+def test_the_picture_has_whole_iterations_and_both_ends_with_their_numbers(runs):
+    write_run(runs / "d", success=0.66)
+    figure = report.draw("r", "d")
+    success, delta, skills, weight, share = figure.axes
+    figure.canvas.draw()
+    assert [text.get_text() for text in weight.get_xticklabels()] == ["1", "2", "3", "4"]
+    ends = {text.get_text(): text for text in success.texts if text.get_text()[0] == "0"}
+    assert {name: text.get_color() for name, text in ends.items()} == {
+        "0.70": "black",
+        "0.66": study.GRAY,
+    }
+    a, b = (text.get_window_extent() for text in ends.values())
+    assert not a.overlaps(b)
+    by_name = {line.get_label(): line for line in success.lines}
+    x, y = by_name["plain half"].get_data()
+    assert np.allclose(np.diff(x), [report.NARROW, (1 + report.NARROW) / 2, 1.0])
+    assert np.allclose(y, [0.15, 0.2, 0.3, 0.35])  # each value with its neighbours
+    assert np.isnan(by_name["skill half"].get_ydata()[:2]).all()
+    assert np.allclose(by_name["control: GiGPO alone"].get_ydata(), y)
+    assert [bar.get_height() for bar in delta.patches] == [0, 0, -0.25, -0.25]
+    assert skills.get_legend() and weight.get_legend() and share.get_ylabel() == "gated share"

@@ -1,283 +1,309 @@
-"""The statistics of tools/study.py, tools/regime.py and tools/effects.py."""
+"""tools/study.py: what it runs, how it pairs and averages, and the page that it generates."""
 
 import json
+import math
+import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from config import Config, UserError
-from skills import Skill, SkillBank
-from tools import effects, pool, regime, study, subtasks
-
-
-def curve(*points):
-    """(episodes, solved, of) -> a seed's curve, its first items solved."""
-    return [(n, {f"i{k}": k < solved for k in range(of)}) for n, solved, of in points]
+from config import UserError, read_json
+from tools import study
 
 
-def test_the_interval_covers_seeds_and_items():
-    alike = np.tile(np.arange(200) % 2, (5, 1)).astype(float)
-    low, high = study.interval(alike)
-    # the same items in all seeds: five tell no more of the items than one, +-t sqrt(.25 / 200)
-    assert high - low == pytest.approx(2 * 2.776 * (0.25 / 199) ** 0.5, rel=1e-3)
-    apart = np.repeat([[0.0], [1.0]], 200, axis=1)  # two seeds that disagree in every item
-    assert study.interval(apart, lowest=0.0) == (0.0, 1.0)
-    one = alike[:1]  # a single seed: its items
-    assert np.diff(study.interval(one)) == pytest.approx(2 * 1.96 * (0.25 / 199) ** 0.5)
+def plan(**changes):
+    """The arguments of a small study."""
+    small = {"name": "n", "title": "", "variants": ["siri"], "seeds": ["1"], "flags": "--tasks 8"}
+    small |= {"mine_iterations": 3, "distill_iterations": 4, "points": 2, "eval_items": 120}
+    return SimpleNamespace(**small | {"jobs": 1} | changes)
+
+
+def two_seeds(gain):
+    """Variant -> seed -> curve; siri solves `gain` items of ten more at the end, and pairs matter:
+    the seeds differ by far more than the variants, and the control names them the other way round.
+    """
+    control = {seed: [[0, n, 10], [100, n, 10]] for seed, n in (("2", 6), ("1", 0))}
+    one = [[50, 0, 10], [150, gain, 10]]
+    two = [[70, 6, 10], [170, 6 + gain, 10]]
+    return {"gigpo": control, "siri": {"1": one, "2": two}}
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def students_quantile(freedom) -> float:
+    """The point below which 97.5% of the density of Student's t lie, by summing it up."""
+    x = np.linspace(0, 200, 200_001)
+    scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    density = scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    steps = (density[1:] + density[:-1]) / 2 * (x[1] - x[0])
+    return float(np.interp(0.475, np.cumsum(steps), x[1:]))
+
+
+def test_the_interval_is_students_over_independent_values():
+    """mean +- t s / sqrt(n), t as printed in tables: 12.706 for two values, 2.262 for ten."""
+    assert len(study.T) == 20
+    for freedom, t in enumerate(study.T, 1):
+        assert float(t) == pytest.approx(students_quantile(freedom), abs=6e-4), freedom
+    for n, t in ((2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (21, 2.086), (60, 2.086)):
+        values = [math.sin(7 * k) for k in range(n)]
+        half = t * statistics.stdev(values) / math.sqrt(n)
+        middle = statistics.fmean(values)
+        assert study.interval(values) == pytest.approx((middle - half, middle + half)), n
+    assert study.interval([0.3]) is None
 
 
 def test_the_interval_of_five_seeds_holds_the_truth_in_95_of_100_studies():
     """A bootstrap over the seeds holds it in 85."""
     rng = np.random.default_rng(0)
-    held = 0
-    for _ in range(400):
-        seeds = rng.normal(0.0, 0.2, size=(5, 1))
-        items = rng.normal(0.0, 0.3, size=(1, 60))
-        low, high = study.interval(seeds + items + rng.normal(0.0, 0.3, size=(5, 60)))
-        held += low < 0.0 < high
-    assert 0.93 < held / 400 < 0.99
+    bounds = [study.interval(rng.normal(0.0, 0.2, size=5)) for _ in range(1000)]
+    assert 930 <= sum(low < 0.0 < high for low, high in bounds) <= 970
 
 
-def test_a_study_of_other_iterations_needs_another_name(tmp_path, monkeypatch):
+def test_the_mean_over_the_curve_weighs_points_by_the_episodes_between():
+    curve = [[64, 0, 10], [164, 0, 10], [464, 8, 10], [564, 10, 10]]
+    found = study.measures(curve)
+    assert (found["warmup"], found["end"]) == (0.0, 1.0)
+    assert found["curve"] == pytest.approx((100 * 0 + 300 * 0.4 + 100 * 0.9) / 500)
+
+
+def test_differences_are_paired_by_seed_and_refuse_other_seeds_and_plans():
+    found = two_seeds(2)
+    assert study.differences(found["siri"], found["gigpo"], "end") == pytest.approx([0.2, 0.2])
+    assert study.differences(found["siri"], found["gigpo"], "curve") == pytest.approx([0.1, 0.1])
+    with pytest.raises(UserError, match="other seeds"):
+        study.differences({"1": found["siri"]["1"]}, found["gigpo"], "end")
+    for wrong in ([120, 0, 10], [100, 0, 12]):
+        other = found["gigpo"] | {"1": [[0, 0, 10], wrong]}
+        with pytest.raises(UserError, match="other episodes or items"):
+            study.differences(found["siri"], other, "end")
+
+
+def test_pooled_studies_count_each_seed_once_and_are_of_one_plan():
+    first, second = two_seeds(2), {}
+    for variant, curves in two_seeds(4).items():
+        second[variant] = {f"{seed}0": curve for seed, curve in curves.items()}
+    studies = {"a": {"variants": first}, "b": {"variants": second | {"kl": {}}}}
+    studies["both"] = {"title": "both", "pools": ["a", "b"]}
+    pooled = study.variants_of(studies, "both")
+    assert list(pooled) == ["gigpo", "siri"]  # kl is not in both
+    gains = study.differences(pooled["siri"], pooled["gigpo"], "end")
+    assert gains == pytest.approx([0.2, 0.2, 0.4, 0.4])
+    siri = study.rows(studies | {"x": studies["both"] | {"only": ["siri"]}}, "x")
+    assert len(siri) == 1 and siri[0][2] == "4" and siri[0][7] == ""  # nothing to compare with
+    studies["b"] = studies["a"]
+    with pytest.raises(UserError, match="a seed twice"):
+        study.variants_of(studies, "both")
+    studies["b"] = {"variants": {v: {"9": [[0, 1, 10], [200, 5, 10]]} for v in first}}
+    with pytest.raises(UserError, match="other evaluations"):
+        study.variants_of(studies, "both")
+
+
+def test_a_line_of_the_table_is_the_variant_minus_its_control():
+    curves = two_seeds(2)
+    curves["siri"]["2"][-1][1] = 6  # one seed gains, the other does not: a tie is not ahead
+    gigpo, siri = study.rows({"s": {"title": "t", "variants": curves}}, "s")
+    assert gigpo == ["t", "GiGPO", "2", "100", "0.300", "0.300", "0.300", "", "", "", ""]
+    assert siri[:7] == ["t", "SIRI", "2", "160", "0.300", "0.400", "0.350"]
+    assert siri[7:9] == ["+0.050 (-0.585 to +0.685)", "1 of 2"]  # 12.706 * 0.05
+    assert siri[9:] == ["+0.100 (-1.171 to +1.371)", "1 of 2"]
+    turned = {"s": {"title": "t", "variants": curves, "control": "siri"}}
+    assert study.rows(turned, "s")[0][9] == "-0.100 (-1.371 to +1.171)"
+
+
+def test_no_interval_is_printed_where_there_is_none():
+    one = {v: {"1": curves["1"]} for v, curves in two_seeds(2).items()}
+    assert study.rows({"s": {"title": "t", "variants": one}}, "s")[1][9] == "+0.200 (one seed)"
+    alike = study.rows({"s": {"title": "t", "variants": two_seeds(0)}}, "s")
+    assert alike[1][9:] == ["+0.000 (in every seed)", "0 of 2"]
+    known = {"episodes": 9, "warmup": 0.1, "end": 0.25, "curve": 0.2, "end_gain": 0.05}
+    lost = study.rows({"s": {"title": "t", "seeds": 5, "means": {"siri": known}}}, "s")
+    assert lost[0][2:8] == ["5", "9", "0.100", "0.250", "0.200", ""]
+    assert lost[0][9] == "+0.050 (no interval)"
+
+
+# --- what is run ----------------------------------------------------------------------------------
+
+
+def test_flags_reach_the_phases_that_they_are_for():
+    warmup, mine, *distill = study.chain(plan(), "response-strong", "1")
+    assert warmup["flags"] == "--tasks 8 --seed 1"
+    assert mine["flags"].split() == "--fork n-warmup-s1 --mine_iterations 3".split()
+    later = "--fork n-mine-siri-s1 --without action_mask --lambda_max 1 --distill_iterations"
+    assert [" ".join(s["flags"].split()) for s in distill] == [f"{later} 2", f"{later} 4"]
+    assert [stage["iteration"] for stage in distill] == [2, 4]
+    gigpo = study.chain(plan(), "gigpo", "1")
+    assert all("--without skills" in stage["flags"] for stage in gigpo[1:])
+    assert "--fork n-mine-gigpo-s1 " in gigpo[-1]["flags"] and "--without" not in gigpo[0]["flags"]
+
+
+def test_an_ablation_needs_no_line_of_its_own():
+    for name, in_mining in (("gate", False), ("validation", True), ("anything_new", True)):
+        _, mine, *distill = study.chain(plan(), f"no-{name}", "1")
+        assert (f"--without {name}" in mine["flags"]) == in_mining
+        assert mine["run"] == ("n-mine-no-" + name if in_mining else "n-mine-siri") + "-s1"
+        assert all(stage["flags"].count(f"--without {name}") == 1 for stage in distill)
+    assert study.describe("no-action_mask")[0] == "without action mask"
+    with pytest.raises(UserError, match="choose of siri"):
+        study.describe("sari")
+
+
+def test_without_warmup_mining_begins_with_the_initial_policy():
+    start, mine, *_ = study.chain(plan(), "no-warmup", "1")
+    assert start["phase"] == "init" and "--fork" not in mine["flags"]
+    assert "--tasks 8 --seed 1" in mine["flags"] and "--without warmup" in mine["flags"]
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """Every command in order; a phase script is at the iteration it was sent to, at the least."""
+    monkeypatch.chdir(tmp_path)
+    said = []
+    reached = {}
+
+    def command(script, run, flags):
+        said.append(f"{script} {run} {flags}")
+        words = flags.split()
+        if script != "evaluate.py":
+            iteration = int(words[-1]) if "iterations" in words[-2] else 5
+            reached[run] = max(iteration, reached.get(run, 0))
+            return
+        out = tmp_path / words[words.index("--out") + 1]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        iteration = None if "init" in words else reached[run]
+        solved = {f"i{k}": k < (iteration or 0) for k in range(6)}
+        out.write_text(json.dumps({"iteration": iteration, "items": solved}))
+
+    monkeypatch.setattr(study, "command", command)
+    return SimpleNamespace(said=said, reached=reached, root=tmp_path)
+
+
+def test_a_seed_warms_up_once_and_mines_once_for_variants_that_are_alike(scripts):
+    study.run_seed(plan(variants=["siri", "no-gate", "gigpo"], points=1), "2")
+    done = [line.split()[1] for line in scripts.said if "evaluate.py" not in line]
+    runs = ("warmup", "mine-siri", "siri", "no-gate", "mine-gigpo", "gigpo")
+    assert done == [f"n-{run}-s2" for run in runs]
+
+
+def test_a_stage_is_evaluated_from_its_own_checkpoint_before_the_next_begins(scripts):
+    study.run_seed(plan(), "1")
+    done = [(said.split()[0], said.split()[1]) for said in scripts.said]
+    phases = [("warmup", "n-warmup-s1"), ("mine", "n-mine-siri-s1")] + [
+        ("distill", "n-siri-s1")
+    ] * 2
+    assert done == [(f"{s}.py", r) for phase, r in phases for s in (phase, "evaluate")]
+    for (phase, _), said in zip(phases, scripts.said[1::2], strict=True):
+        assert f"--checkpoint {phase} --eval_items 120 --out runs/" in said
+    assert [read_json(f"runs/n-siri-s1/study-distill-{k}.json")["iteration"] for k in (2, 4)] == [
+        2,
+        4,
+    ]
+
+
+def test_finished_commands_are_skipped_and_a_run_that_went_on_is_not_taken_for_an_earlier_stage(
+    scripts,
+):
+    study.run_seed(plan(), "1")
+    before = list(scripts.said)
+    study.run_seed(plan(), "1")
+    assert scripts.said == before
+    out = scripts.root / "runs/n-siri-s1/study-distill-2.json"
+    out.unlink()
+    with pytest.raises(UserError, match="iteration 2 of distill was to be evaluated, but .* at 4"):
+        study.run_seed(plan(), "1")
+    assert not out.exists()
+
+
+def test_a_study_keeps_each_stage_with_its_own_episodes_and_explains_phases_1_and_2(
+    scripts, monkeypatch
+):
+    """Stages are not shifted by one, and the warm-up's last iteration is its point."""
+    args = plan(variants=["siri", "no-warmup"])
+    lines = [("warmup", k) for k in (1, 2)] + [("mine", k) for k in (1, 2, 3)]
+    lines += [("distill", k) for k in (1, 2, 3, 4)]
+    for variant in args.variants:
+        own = [x for x in lines if variant == "siri" or x[0] != "warmup"]
+        text = ""
+        for number, (phase, k) in enumerate(own, 1):
+            record = {"phase": phase, "iteration": k, "episodes_so_far": 64 * number, "delta": None}
+            share = 0.9 if phase == "warmup" else 0.5
+            record |= {"success_plain": 1 / number, "no_contrast": share}
+            text += json.dumps(record | {"active": int(phase == "distill")}) + "\n"
+        folder = scripts.root / "runs" / f"n-{variant}-s1"
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(text)
+    monkeypatch.setattr(study.sys, "argv", ["study.py", "run", "--flags", "--tasks 8"])
+    (scripts.root / "results").mkdir()
+    (scripts.root / "results/study.json").write_text('{"earlier": {"title": "kept"}}')
+    assert "| n | SIRI | 1 |" in study.run_study(args)
+    kept = read_json("results/study.json")
+    assert kept["earlier"] == {"title": "kept"}
+    assert kept["n"]["command"] == "python -m tools.study run --flags '--tasks 8'"
+    curves = kept["n"]["variants"]
+    assert curves["siri"]["1"] == [[128, 5, 6], [320, 3, 6], [448, 2, 6], [576, 4, 6]]
+    assert curves["no-warmup"]["1"] == [[0, 0, 6], [192, 3, 6], [320, 2, 6], [448, 4, 6]]
+    explained = kept["n"]["explained"]["siri"]
+    expected = {"first_success": 1.0, "first_contrast": 0.1, "active": 0.57143, "no_contrast": 0.5}
+    assert explained == pytest.approx(expected)
+
+
+def test_a_study_of_another_plan_needs_another_name(tmp_path, monkeypatch):
     """Or its evaluations would be mixed with those of the first."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["study.py", "--name", "s", "--mine_iterations", "2"])
-    study.remember(study.parse())
-    study.remember(study.parse())
-    monkeypatch.setattr("sys.argv", ["study.py", "--name", "s", "--mine_iterations", "3"])
-    with pytest.raises(UserError, match="--mine_iterations 2, not 3"):
-        study.remember(study.parse())
+    study.remember(plan())
+    study.remember(plan())
+    for name, value in {"mine_iterations": 2, "flags": "", "points": 1, "eval_items": 0}.items():
+        with pytest.raises(UserError, match=f"--{name} .*, not {value}"):
+            study.remember(plan(**{name: value}))
 
 
-def test_the_curve_mean_weighs_points_by_the_episodes_between():
-    curves = {"1": curve((0, 0, 10), (100, 0, 10), (400, 10, 10))}
-    assert study.curve_means(curves).mean() == pytest.approx(300 * 0.5 / 400)
-
-
-def test_episodes_until_a_goal_lie_between_two_evaluations():
-    assert regime.episodes_until(curve((100, 0, 10), (200, 10, 10)), 0.8) == 180
-    assert regime.episodes_until(curve((100, 9, 10), (200, 10, 10)), 0.8) == 100
-    assert regime.episodes_until(curve((100, 0, 10), (200, 5, 10)), 0.8) == 200  # never
-
-
-def test_a_regime_row_is_the_variant_minus_the_control(tmp_path, monkeypatch):
+def test_a_command_that_fails_is_told_with_its_last_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "study-s.json").write_text(json.dumps(two_seeds(2)))
-    for seed, success in (("1", 0.1), ("2", 0.3)):
-        folder = tmp_path / "runs" / f"s-warmup-s{seed}"
-        folder.mkdir(parents=True)
-        first = {"success": success, "no_contrast": 0.75}
-        later = {"success": 0.9, "no_contrast": 0.0}
-        (folder / "metrics.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(later))
-    control, ours = regime.summarize("s")
-    assert (ours["variant"], ours["seeds"]) == ("siri", 2)
-    assert ours["curve_gain"] == pytest.approx(0.1) and ours["end_gain"] == pytest.approx(0.2)
-    assert (ours["rare"], ours["contrast"]) == pytest.approx((0.2, 0.25))
-    assert (ours["warmup"], ours["end"]) == pytest.approx((0.2, 0.4))
-    low, high = ours["end_interval"]
-    assert low < 0.2 < high and control["end_gain"] == 0
-    (tmp_path / "results" / "study-t.json").write_text(json.dumps({"siri": {}}))
-    with pytest.raises(UserError, match="no variant gigpo"):
-        regime.summarize("t")
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    (tmp_path / "mine.py").write_text("import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'] * 3)")
+    with pytest.raises(UserError, match=r"mine.py --run r --seed 1: 111 \(see runs/r.log\)"):
+        study.command("mine.py", "r", "--seed 1")
 
 
-def test_the_quantiles_are_those_of_students_t():
-    """Of a printed table; with a single degree of freedom its tail goes on for ever."""
-    table = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 19: 2.093, 120: 1.980}
-    for freedom, t in table.items():
-        assert study.t_quantile(freedom) == pytest.approx(t, abs=6e-4), freedom
-    assert study.t_quantile(4, 0.995) == pytest.approx(4.604, abs=6e-4)
+# --- the page -------------------------------------------------------------------------------------
 
 
-def test_a_study_counts_episodes_to_the_end_of_an_iteration_and_explains_phases_1_and_2(
-    tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "runs" / "n-siri-s1"
-    folder.mkdir(parents=True)
-    lines = [("warmup", 1, 64, 0), ("mine", 1, 128, 0), ("mine", 2, 192, 1), ("distill", 1, 256, 3)]
-    records = [
-        {"phase": phase, "iteration": k, "episodes_so_far": n, "active": active, "no_contrast": 0.5}
-        | ({"no_contrast": 1.0} if phase == "warmup" else {})
-        for phase, k, n, active in lines
-    ]
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
-    assert study.episodes_at(records, "mine", 1) == 128
-    assert study.episodes_at(records, "mine", 2) == 192
-    assert study.episodes_at(records, "warmup", 10**9) == 64
-    args = type("Args", (), {"name": "n", "seeds": ["1"]})
-    explained = study.diagnostics(args, "siri")
-    assert explained["no_contrast"] == 0.5
-    assert explained["iterations with an active skill"] == pytest.approx(2 / 3)
-
-
-def test_a_studys_table_compares_with_gigpo(monkeypatch):
-    monkeypatch.setattr(study, "diagnostics", lambda *args: {"x": None})
-    args = type("Args", (), {"variants": ["gigpo", "siri"]})
-    lines = study.table(args, two_seeds(2)).splitlines()
-    gigpo, siri = (next(x for x in lines if x.startswith(f"| {name} | 1")) for name in two_seeds(2))
-    assert "+0.200" in siri and "+0.100" in siri and "+0" not in gigpo
-
-
-def test_an_effect_is_success_with_the_skill_minus_without(monkeypatch, tmp_path):
-    """Played here by a policy that solves whatever it has a skill for."""
-    config = Config(n_eval=1)
-    bank = SkillBank(config)
-    bank.skills = [
-        Skill("c", "good", "b", status="active", n=2, deltas=[0.5, -0.5]),
-        Skill("c", "untried", "b", n=0),
-    ]
-    monkeypatch.setattr(SkillBank, "load", lambda *args: bank)
-    monkeypatch.setattr(effects, "set_up", lambda config: "cpu")
-    monkeypatch.setattr(effects, "load_policy", lambda *args, **options: (None, None))
-    monkeypatch.setattr(effects, "items_of_buckets", lambda *args: {"b": ["i", "j"]})
-
-    def rollout(policy, config, groups, **options):
-        for (episode,) in groups:
-            episode.success = bool(episode.skills) or episode.item == "i"
-        return [episode for group in groups for episode in group]
-
-    monkeypatch.setattr(effects.common, "rollout", rollout)
-    text = effects.measure(config, tmp_path, 2)
-    assert "| active | +0.00 | 2 | +0.50 +- 0.50 | 0.50 | when c: good |" in text
-    assert "untried" not in text
-    assert "verdicts right: 1 of 1; groups whose Delta_g had the sign of the effect: 1 of 2" in text
-
-
-def test_a_verdict_is_right_when_the_effect_agrees_with_it():
-    config = Config()
-    active = Skill("c", "s", "b", status="active")
-    retired = Skill("c", "s", "b", status="retired")
-    assert effects.verdict_is_right(active, 0.2, config)
-    assert not effects.verdict_is_right(active, 0.0, config)
-    assert effects.verdict_is_right(retired, -0.2, config)
-    assert not effects.verdict_is_right(retired, 0.2, config)
-    assert effects.verdict_is_right(Skill("c", "s", "b"), 0.2, config) is None
-
-
-def test_variants_that_mine_alike_share_the_run_of_phase_1():
-    args = type("Args", (), {"name": "n"})
-    assert study.mined_by(args, "response-strong", "1") == study.mined_by(args, "siri", "1")
-    assert study.mined_by(args, "gigpo", "1") != study.mined_by(args, "siri", "1")
-    assert study.mined_by(args, "placebo", "1") != study.mined_by(args, "siri", "1")
-
-
-def test_subtasks_pools_evaluation_seeds_within_a_run_and_compares_one_panel(tmp_path):
-    """Two runs with two evaluation seeds each are two runs, not four."""
-    tasks = ("pick_two_obj_and_place-A", "look_at_obj_in_light-B")
-    games = [f"x/{task}-{n}/game.tw-pddl" for task in tasks for n in range(2)]
-    solved = {"a": [[1, 0, 0, 0], [1, 1, 0, 0]], "b": [[1, 0, 1, 0], [1, 0, 1, 0]]}
-    for run, evaluations in solved.items():
-        (tmp_path / run).mkdir()
-        for seed, values in enumerate(evaluations):
-            record = {"split": "s", "iteration": 4, "temperature": 0.4, "skills": False}
-            record |= {
-                "checkpoint": "distill",
-                "items": dict(zip(games, map(bool, values), strict=True)),
-            }
-            (tmp_path / run / f"eval-{seed}.json").write_text(json.dumps(record))
-    panel = subtasks.read_panel(f"{tmp_path}/*/eval-*.json")
-    assert panel[1].shape == (2, 4) and panel[2] == 4
-    lines = subtasks.table({"x": panel}).splitlines()
-    assert lines[2].startswith("| look | 2 | 2 of 8, 0.250 |")
-    assert lines[3].startswith("| pick2 | 2 | 5 of 8, 0.625 |")
-    assert lines[4].startswith("| all | 4 | 7 of 16, 0.438 |")
-    with pytest.raises(UserError, match="no such file"):
-        subtasks.read_panel("nowhere/*.json")
-    better = subtasks.table({"x": panel, "y": (panel[0], panel[1] + 0.25, 4)}).splitlines()
-    assert better[-1] == "y - x: +0.250 (0.250 to 0.250)"
-
-    file = tmp_path / "b" / "eval-1.json"
-    other = {"items": {"other": True}, "temperature": 1.0, "skills": True}
-    for name, message in (("items", "different panels"), ("temperature", "more than the seed")):
-        file.write_text(json.dumps(record | {name: other[name]}))
-        with pytest.raises(UserError, match=message):
-            subtasks.read_panel(f"{tmp_path}/*/eval-*.json")
-    file.unlink()
-    with pytest.raises(UserError, match="more evaluations"):
-        subtasks.read_panel(f"{tmp_path}/*/eval-*.json")
-
-
-def two_seeds(gain):
-    """A study of two seeds in which one variant solves `gain` items of ten more at the end."""
-    control = {seed: curve((0, n, 10), (100, n, 10)) for seed, n in (("1", 0), ("2", 4))}
-    ours = {seed: curve((0, n, 10), (100, n + gain, 10)) for seed, n in (("1", 0), ("2", 4))}
-    return {"gigpo": control, "siri": ours}
-
-
-def test_pooled_studies_count_each_seed_once():
-    rows = pool.differences(two_seeds(2), "siri", "gigpo")
-    rows += pool.differences(two_seeds(4), "siri", "gigpo")
-    assert [row["warmup"] for row in rows] == pytest.approx([0.0, 0.4, 0.0, 0.4])
-    assert [row["end"] for row in rows] == pytest.approx([0.2, 0.2, 0.4, 0.4])
-    pooled = pool.summarize(rows, looks=1)
-    assert pooled["curve"] == pytest.approx(0.15) and pooled["end_ahead"] == 4
-    half = 3.182 * np.std([0.2, 0.2, 0.4, 0.4], ddof=1) / 2
-    assert pooled["end_95"] == pytest.approx([0.3 - half, 0.3 + half], abs=1e-3)
-
-
-def test_a_third_look_needs_a_wider_interval():
-    values = np.arange(20.0)
-    once = np.diff(pool.student_interval(values))
-    half = np.std(values, ddof=1) / 20**0.5
-    assert once == pytest.approx(2 * 2.093 * half, rel=0.001)
-    assert np.diff(pool.student_interval(values, looks=3)) == pytest.approx(
-        2 * 2.625 * half, rel=0.001
+def test_the_page_holds_what_its_data_say():
+    """`python -m tools.study table` writes it."""
+    page = (ROOT / "results" / "study.md").read_text()
+    block = page.split("<!-- study:begin -->\n")[1].split("\n<!-- study:end -->")[0]
+    assert block == study.markdown(read_json(ROOT / "results" / "study.json"))
+    assert (
+        "| three options | SIRI | 10 |" in block
+        and "| +0.125 (+0.046 to +0.204) | 9 of 10 |" in block
     )
 
 
-def test_studies_are_pooled_once_each_and_of_one_plan(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "results").mkdir()
-
-    def run(name, results, flags=""):
-        (tmp_path / "results" / f"study-{name}.json").write_text(json.dumps(results))
-        words = ["pool.py", "--studies", f"a,{name}", *flags.split()]
-        monkeypatch.setattr("sys.argv", words)
-        pool.main()
-
-    (tmp_path / "results" / "study-a.json").write_text(json.dumps(two_seeds(2)))
-    with pytest.raises(UserError, match="a seed occurs twice"):
-        run("b", two_seeds(2))
-    longer = {v: {"3": curve((0, 1, 10), (200, 5, 10))} for v in ("gigpo", "siri")}
-    with pytest.raises(UserError, match="not of one plan"):
-        run("b", longer)
-    with pytest.raises(UserError, match="--looks 0"):
-        run("b", longer, "--looks 0")
-    equal = {v: {"3": curve((0, 1, 10), (100, 5, 10))} for v in ("gigpo", "siri")}
-    run("b", equal, "--looks 3 --out x")
-    said = capsys.readouterr().out
-    assert "ahead in 2 of 3 seeds" in said  # a tie is not ahead
-    pooled = json.loads((tmp_path / "results" / "pool-x.json").read_text())
-    low, high = pooled["end_looks"]
-    assert f"98.3% {low:+.3f} to {high:+.3f})" in said and pooled["seeds"] == 3
-    low, high = pooled["end_95"]
-    assert f"+0.133 (95% {low:+.3f} to {high:+.3f};" in said
+def test_a_block_is_replaced_between_its_markers(tmp_path):
+    page = tmp_path / "p.md"
+    page.write_text("a\n<!-- x:begin -->\nold\n<!-- x:end -->\nb\n")
+    study.replace_block(page, "x", "new")
+    assert page.read_text() == "a\n<!-- x:begin -->\nnew\n<!-- x:end -->\nb\n"
+    with pytest.raises(UserError, match="no <!-- y:begin -->"):
+        study.replace_block(page, "y", "new")
 
 
-def test_pooled_variants_have_the_same_seeds():
-    study_of_one = two_seeds(2)
-    del study_of_one["siri"]["2"]
-    with pytest.raises(UserError, match="other seeds or points"):
-        pool.differences(study_of_one, "siri", "gigpo")
-    with pytest.raises(UserError, match="no variant kl"):
-        pool.differences(two_seeds(2), "kl", "gigpo")
-
-
-def test_a_panel_known_by_its_mean_alone_has_an_interval_over_the_seeds():
-    means = np.array([[0.1], [0.3]])
-    low, high = study.interval(means, lowest=0.0)
-    assert (low, high) == (0.0, 1.0)  # 0.2 +- 12.7 * 0.1
-    five = study.interval(np.array([[0.1], [0.3], [0.2], [0.2], [0.2]]))
-    assert np.diff(five) == pytest.approx(2 * 2.776 * (0.005 / 5) ** 0.5, rel=1e-3)
-
-
-def test_the_beginning_of_a_study_outlives_its_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "results").mkdir()
-    rows = [{"study": "s", "rare": 0.25, "contrast": 0.5}]
-    (tmp_path / "results" / "regime.json").write_text(json.dumps(rows))
-    assert regime.beginning("s", ["1", "2"]) == (0.25, 0.5)
-    with pytest.raises(UserError, match="gone"):
-        regime.beginning("t", ["1"])
+def test_the_figure_names_each_variant_once_in_one_colour_everywhere(monkeypatch):
+    figures = []
+    monkeypatch.setattr(study, "save", lambda figure, path: figures.append(figure))
+    studies = {
+        n: {"title": f"title {n}", "variants": two_seeds(2), "panel": n < "c"} for n in "abc"
+    }
+    studies["b"]["variants"]["no-gate"] = studies["b"]["variants"]["siri"]
+    study.draw(studies, "nowhere")
+    (figure,) = figures
+    assert [axis.get_title() for axis in figure.axes] == ["title a", "title b"]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["GiGPO", "SIRI", "without gate"]
+    colors = [[line.get_color() for line in axis.lines] for axis in figure.axes]
+    assert colors[0] == [study.GRAY, study.BLUE] and colors[1][:2] == colors[0]
+    assert len(set(colors[1])) == 3
+    line = figure.axes[0].lines[1]  # siri: the mean of two seeds
+    assert np.allclose(line.get_xydata(), [[60, 0.3], [160, 0.5]])

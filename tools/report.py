@@ -1,12 +1,14 @@
-"""One self-contained HTML page for a run or for studies, to open in any browser.
+"""One run as a picture and as one self-contained HTML page; its evaluations as a table.
 
-    python -m tools.report --run tiny                    # writes runs/tiny/report.html
-    python -m tools.report --run tiny --control tiny-control        # prints both in one table
-    python -m tools.report --studies shop-1,shop-4 --out study.html
+    python -m tools.report --run tiny                          # runs/tiny/plot.png and report.html
+    python -m tools.report --run tiny --control tiny-control   # with GiGPO from the same warm-up
 
-The page of a run: its evaluations; its curves (`tools/plot.py`); every skill with its life; and
-some games side by side, with the skill in the prompt and without, what phase 2 distills of them
-marked: the action, the darker the greater its weight w.
+Prints the evaluations of the run, and of its control's end, in one table, which is also written to
+table.json. The picture has four panels over the iterations: success of the plain and of the skill
+half, Delta_g, skills by status, and lambda with the share of gated tokens. The page adds every
+skill with its life, and some games side by side, with a skill in the prompt and without. Tokens
+that phase 2 distilled are marked, darker for a greater weight w.
+
 The page needs no network and runs no script; every text of a model or a world is escaped.
 """
 
@@ -16,12 +18,184 @@ import json
 from html import escape
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 
-import envs
 from config import UserError, read_json, read_jsonl, write_atomically
 from runtime.run import run_script
-from tools import plot, study
+from tools.study import BLUE, GRAY, GREEN, ORANGE, piped, save
+
+# --------------------------------------------------------------------------------------------------
+# The table
+# --------------------------------------------------------------------------------------------------
+
+SIRI = "after `distill.py`: SIRI"
+CONTROL = "the control: GiGPO, equal episodes"
+NAMES = {  # of checkpoints in the table
+    "init": "imitation policy (before)",
+    "warmup": "after `warmup.py`",
+    "mine": "after `mine.py`",
+    "distill": SIRI,
+}
+HEAD = ["checkpoint", "training episodes", "solved", "success", "95% interval", "mean score"]
+
+
+def read_metrics(run) -> list[dict]:
+    path = Path("runs") / run / "metrics.jsonl"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; run warmup.py, or give another --run")
+    return read_jsonl(path)
+
+
+def evaluations(name, control="") -> list[dict]:
+    """A dict for each evaluation of a run's checkpoints, and those of its control's end."""
+    rows = []
+    for run in filter(None, (name, control)):
+        logged = read_metrics(run)
+        for checkpoint in NAMES if run == name else ["distill"]:
+            for path in sorted((Path("runs") / run).glob(f"eval-*-{checkpoint}-*T*.json")):
+                record = read_json(path)
+                label = NAMES[checkpoint] if run == name else CONTROL
+                label += ", skills in the prompt" if record["skills"] else ""
+                ends = [0] + [x["episodes_so_far"] for x in logged if x["phase"] == checkpoint]
+                panel = [record[key] for key in ("split", "digest", "temperature", "seed")]
+                row = {"name": label, "episodes": ends[-1], "panel": panel}
+                rows.append(row | record["results"]["all"])
+    return rows
+
+
+def cells_of(row) -> list[str]:
+    interval = f"{row['low']:.3f} to {row['high']:.3f}"
+    counts = [str(row["episodes"]), f"{row['solved']} of {row['n']}"]
+    return [row["name"], *counts, f"{row['success']:.3f}", interval, f"{row['score']:.3f}"]
+
+
+def markdown_table(rows) -> str:
+    return "\n".join(map(piped, [HEAD, ["---"] * len(HEAD), *map(cells_of, rows)]))
+
+
+def conclusion(rows) -> str:
+    """The run's end against its control's: plain prompt, same panel, as many episodes."""
+    for siri in (row for row in rows if row["name"] == SIRI):
+        for control in (row for row in rows if row["name"] == CONTROL):
+            if all(siri[key] == control[key] for key in ("panel", "episodes")):
+                gain = siri["success"] - control["success"]
+                return f"SIRI - GiGPO at equal episodes: {gain:+.3f}. One seed, so no interval."
+    return "" if rows else "No evaluation yet: `python evaluate.py` makes one."
+
+
+# --------------------------------------------------------------------------------------------------
+# The picture
+# --------------------------------------------------------------------------------------------------
+
+PHASES = {"warmup": "phase 0\nwarm-up", "mine": "phase 1\nmining"}
+PHASES["distill"] = "phase 2\ninternalization"
+LEGEND = {"loc": "upper left", "facecolor": "white", "edgecolor": "none", "fontsize": 9}
+BESIDE = LEGEND | {"bbox_to_anchor": (1.01, 1.0)}  # to the right of a panel
+NARROW = 0.3  # width of an iteration of the warm-up, in which little happens
+
+
+def edges_of(records) -> np.ndarray:
+    """[iterations + 1]: where on the x axis each iteration begins and ends."""
+    widths = [NARROW if record["phase"] == "warmup" else 1.0 for record in records]
+    return np.cumsum([0.0, *widths])
+
+
+def line_of(records, name) -> tuple:
+    """(x, values): a metric in the middle of each iteration, NaN where it was not logged."""
+    edges = edges_of(records)
+    values = [record.get(name) for record in records]
+    values = np.array([np.nan if value is None else value for value in values], float)
+    return (edges[1:] + edges[:-1]) / 2, values
+
+
+def smooth(values) -> list[float]:
+    """The mean of each value and its neighbours; gaps stay gaps."""
+    around = [values[max(0, i - 1) : i + 2] for i in range(len(values))]
+    return [np.nan if np.isnan(v) else np.nanmean(a) for v, a in zip(values, around, strict=True)]
+
+
+def draw(run, control=""):
+    """The figure of a run, with its control's success."""
+    records = read_metrics(run)
+    edges = edges_of(records)
+    ends = {record["phase"]: edges[number] for number, record in enumerate(records, 1)}
+    heights = {"height_ratios": [3, 1.4, 1.4, 1.4], "constrained_layout": True}
+    figure, axes = plt.subplots(4, 1, figsize=(9.5, 8.5), sharex=True, **heights)
+    success, delta, skills, weight = axes
+
+    for half, color in (("plain", BLUE), ("skill", ORANGE)):
+        x, values = line_of(records, f"success_{half}")
+        success.plot(x, values, ".", color=color, alpha=0.35)
+        success.plot(x, smooth(values), color=color, label=f"{half} half")
+    if control:
+        x, values = line_of(read_metrics(control), "success_plain")
+        success.plot(x, smooth(values), "--", color=GRAY, label="control: GiGPO alone")
+    draw_evaluations(success, run, control, {"init": 0.0, **ends})
+    success.set(ylabel="success", ylim=(-0.04, 1.04))
+
+    x, values = line_of(records, "delta")
+    delta.bar(x, np.nan_to_num(values), color=np.where(values >= 0, GREEN, ORANGE), width=0.7)
+    delta.axhline(0, color=GRAY, lw=0.8)
+    delta.set(ylabel="mean Δ_g")
+
+    for status, color in (("candidate", GRAY), ("active", GREEN), ("retired", ORANGE)):
+        skills.plot(*line_of(records, status), color=color, label=status, drawstyle="steps-mid")
+    skills.yaxis.get_major_locator().set_params(integer=True)
+    skills.set(ylabel="skills")
+
+    share = weight.twinx()
+    lambdas = weight.plot(*line_of(records, "lambda"), color=BLUE, label="λ(k)")
+    x, values = line_of(records, "gated_share")
+    shares = share.plot(x, values, color=ORANGE, label="gated share of the skill half's tokens")
+    weight.set(ylabel="λ", xlabel="iteration")
+    share.set(ylabel="gated share", ylim=(0, None))
+    weight.set_ylim(0, None)
+
+    success.legend(**BESIDE)
+    skills.legend(**BESIDE)
+    weight.legend(handles=lambdas + shares, **LEGEND)  # phases 0 and 1 are empty there
+    ticks = {}  # iteration -> x, as many as there is room for
+    for number, x in enumerate((edges[1:] + edges[:-1]) / 2, 1):
+        if not ticks or x - max(ticks.values()) >= edges[-1] / 20:
+            ticks[number] = x
+    weight.set_xticks(list(ticks.values()), [str(number) for number in ticks])
+    weight.set_xlim(-0.03 * edges[-1], 1.06 * edges[-1])
+    start = 0.0
+    for phase, end in ends.items():
+        for axis in axes if start else ():
+            axis.axvline(start, color=GRAY, lw=0.8, ls=":")
+        axes[0].text((start + end) / 2, 1.06, PHASES[phase], ha="center", fontsize=9)
+        start = end
+    return figure
+
+
+def draw_evaluations(axis, run, control, ends):
+    """Each checkpoint's plain evaluation where its phase ends, and the control's at the end."""
+    points = []  # (x, y, color, result)
+    for name, phases, color in ((run, ends, "black"), (control, ["distill"], GRAY)):
+        for phase in phases if name else ():
+            for path in sorted((Path("runs") / name).glob(f"eval-*-{phase}-T*.json")):
+                result = read_json(path)["results"]["all"]
+                points.append((ends.get(phase, 0.0), result["success"], color, result))
+    label = "evaluation, 95%"
+    for x, y, color, result in points:
+        error = [[y - result["low"]], [result["high"] - y]]
+        look = {"fmt": "D", "color": color, "capsize": 3, "ms": 5, "zorder": 4}
+        axis.errorbar([x], [y], yerr=error, label=label, **look)
+        label = None  # one line in the legend is enough
+        below = any(other > y for at, other, *_ in points if at == x)
+        place = {"xytext": (6, -14 if below else 5), "textcoords": "offset points", "zorder": 5}
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axis.annotate(f"{y:.2f}", (x, y), color=color, bbox=box, **place)
+
+
+# --------------------------------------------------------------------------------------------------
+# The page: each function returns HTML
+# --------------------------------------------------------------------------------------------------
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1100px; margin: 2rem auto;
@@ -29,7 +203,6 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1100px; 
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; } img { max-width: 100%; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left;
        border-bottom: 1px solid #dde2e8; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
 .pair > div { background: #f5f7f9; border-radius: 8px; padding: .8rem 1rem;
        overflow-wrap: anywhere; }
@@ -39,278 +212,127 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .skill { background: #fdf1e2; border-radius: 4px; padding: .1rem .4rem; }
 .solved { color: #2c7a4b; font-weight: 600; } .failed { color: #a33f2f; font-weight: 600; }
 mark { border-radius: 3px; padding: 0 2px; color: inherit; }
-.status { border-radius: 4px; padding: 0 .4rem; font-size: 13px; }
-.active { background: #d9efe0; } .retired { background: #f3e0d2; }
-.candidate { background: #e6e9ee; }
 """
 SEEN_CHARS = 400  # of an observation on the page
 
 
-# --------------------------------------------------------------------------------------------------
-# Parts of the page: each returns HTML
-# --------------------------------------------------------------------------------------------------
-
-
-def picture(path) -> str:
-    data = base64.b64encode(Path(path).read_bytes()).decode()
-    return f'<img alt="{escape(Path(path).stem)}" src="data:image/png;base64,{data}">'
-
-
 def html_table(head, rows) -> str:
-    """Cells are HTML already; a number is set to the right."""
-    lines = ["<table><tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"]
-    for row in rows:
-        cells = []
-        for cell in row:
-            kind = ' class="number"' if isinstance(cell, (int, float)) else ""
-            text = f"{cell:.3f}" if isinstance(cell, float) else str(cell)
-            cells.append(f"<td{kind}>{text}</td>")
-        lines.append("<tr>" + "".join(cells) + "</tr>")
-    return "\n".join([*lines, "</table>"])
-
-
-SIRI = "after `distill.py`: SIRI"
-CONTROL = "the control: GiGPO, equal episodes"
-NAMES = {  # of checkpoints in a table
-    "init": "imitation policy (before)",
-    "warmup": "after `warmup.py`",
-    "mine": "after `mine.py`",
-    "distill": SIRI,
-}
-
-
-def evaluations(name, control="") -> list:
-    """A dict for each evaluation of a run's checkpoints, and those of its control's end."""
-    rows = []
-    for run in filter(None, (name, control)):
-        logged = read_jsonl(Path("runs") / run / "metrics.jsonl")
-        for checkpoint in NAMES if run == name else ["distill"]:
-            for path in sorted((Path("runs") / run).glob(f"eval-*-{checkpoint}-*T*.json")):
-                record = read_json(path)
-                label = NAMES[checkpoint] if run == name else CONTROL
-                label += ", skills in the prompt" if record["skills"] else ""
-                ends = [0] + [x["episodes_so_far"] for x in logged if x["phase"] == checkpoint]
-                panel = [record[key] for key in ("split", "digest", "temperature", "seed")]
-                row = {"name": label, "episodes": ends[-1], "panel": panel}
-                rows.append(row | record["results"]["all"] | {"items": record["items"]})
-    return rows
-
-
-def evaluation_rows(rows) -> list:
-    """Their cells, as texts: name, episodes, solved, success, 95% interval, mean score."""
-    cells = []
-    for r in rows:
-        interval = f"{r['low']:.3f} to {r['high']:.3f}"
-        counts = [str(r["episodes"]), f"{r['solved']} of {r['n']}"]
-        cells.append([r["name"], *counts, f"{r['success']:.3f}", interval, f"{r['score']:.3f}"])
-    return cells
-
-
-HEAD = ["checkpoint", "training episodes", "solved", "success", "95% interval", "mean score"]
-
-
-def markdown_table(rows) -> str:
-    lines = [HEAD, ["---"] * len(HEAD), *evaluation_rows(rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def conclusion(rows) -> str:
-    """What the ends of the run and of its control say together: plain prompt, the same panel."""
-    by_name = {name: [row for row in rows if row["name"] == name] for name in (SIRI, CONTROL)}
-    for siri in by_name[SIRI]:
-        for control in by_name[CONTROL]:
-            if siri["panel"] == control["panel"]:
-                items = sorted(siri["items"])
-                gains = [siri["items"][i] - control["items"][i] for i in items]
-                low, high = study.interval(np.array([gains], float))
-                mean = f"{np.mean(gains):+.3f} (95% over the items: {low:+.3f} to {high:+.3f})"
-                return f"SIRI - GiGPO at equal episodes: {mean}. One seed."
-    return ""
+    """The cells of `rows` are HTML already."""
+    lines = ["".join(f"<th>{escape(name)}</th>" for name in head)]
+    lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def life(deltas) -> str:
     """Every Delta_g of a skill as a bar: up where the skill half did better."""
     width = 6 * max(1, len(deltas))
     bars = [f'<svg width="{width}" height="44" role="img" aria-label="Delta_g">']
-    bars.append(f'<line x1="0" y1="22" x2="{width}" y2="22" stroke="#8a8f98"/>')
+    bars.append(f'<line x1="0" y1="22" x2="{width}" y2="22" stroke="{GRAY}"/>')
     for i, delta in enumerate(deltas):
         height = max(1, 20 * abs(delta))
         top = 22 - height if delta > 0 else 22
-        color = plot.GREEN if delta > 0 else plot.GRAY if delta == 0 else plot.SKILL
-        bars.append(
-            f'<rect x="{6 * i}" y="{top:.1f}" width="5" height="{height:.1f}" fill="{color}"/>'
-        )
+        color = GREEN if delta > 0 else GRAY if delta == 0 else ORANGE
+        size = f'y="{top:.1f}" width="5" height="{height:.1f}"'
+        bars.append(f'<rect x="{6 * i}" {size} fill="{color}"/>')
     return "".join([*bars, "</svg>"])
 
 
 def skill_lives(root) -> str:
     folder = root / "distill" if (root / "distill/skills.jsonl").exists() else root / "mine"
-    if not (folder / "skills.jsonl").exists():
-        return "<p>No skills.</p>"
-    order = ("active", "candidate", "retired")
-    skills = read_jsonl(folder / "skills.jsonl")
+    skills = read_jsonl(folder / "skills.jsonl") if (folder / "skills.jsonl").exists() else []
     rows = []
-    for s in sorted(skills, key=lambda s: (order.index(s["status"]), -s["utility"])):
-        status = f'<span class="status {escape(s["status"])}">{escape(s["status"])}</span>'
+    for s in sorted(skills, key=lambda s: (s["status"], -s["utility"])):
         text = f"<b>When {escape(s['condition'])}:</b> {escape(s['strategy'])}"
-        origin = f"{escape(s['bucket'])}, iteration {int(s['born'])}"
-        record = [float(s["utility"]), int(s["n"])]
-        rows.append([status, text + f"<br><small>{origin}</small>", *record, life(s["deltas"])])
-    if not rows:
-        return "<p>No skill was mined.</p>"
-    return html_table(["", "skill", "utility u", "evaluations", "every Δ_g"], rows)
+        text += f"<br><small>{escape(s['bucket'])}, iteration {int(s['born'])}</small>"
+        numbers = [f"{s['utility']:.3f}", f"{s['n']:d}"]
+        rows.append([escape(s["status"]), text, *numbers, life(s["deltas"])])
+    head = ["status", "skill", "utility u", "evaluations", "every Δ_g"]
+    return html_table(head, rows) if rows else "<p>No skills.</p>"
 
 
-def weight_of(step, config) -> float:
-    """w of a step whose gate is open, as `distill.internalization_rows` and L_int make it."""
-    if config["internalize_weight"] == "one":
-        return min(1.0, config["advantage_clip"])
-    sigma_A = 1.0 if config["normalize_std"] else config["success_reward"]
-    return min(max(step.get("advantage", 0) / sigma_A, 0), config["advantage_clip"])
-
-
-def is_gated(record, config) -> bool:
-    """Whether phase 2 distilled this episode."""
-    delta = record.get("delta") or 0
-    opened = delta > 0 or config["internalize_gate"] == "none"
-    acts = config["lambda_max"] > 0 or config["hand_off"]
-    return bool(record["skills"]) and record["phase"] == "distill" and opened and acts
-
-
-def response(step, config, is_distilled) -> str:
-    """The response; where phase 2 distills the step, its action is marked by its weight."""
-    said = step["said"]
-    span = envs.action_span(said)
-    weight = weight_of(step, config)
-    if not is_distilled or span is None or weight == 0:
+def response(step) -> str:
+    """What was said. What phase 2 distilled of it, near its end, is marked by its weight."""
+    said, distilled = step["said"], step.get("distilled", "")
+    weight = step.get("weight", 0)
+    start = said.rfind(distilled)
+    if weight <= 0 or not distilled or start < 0:
         return escape(said)
-    start = span[0]
-    stop = span[1] + len("</action>")
-    if config["internalize_tokens"] == "response":
-        start = 0
-        stop = len(said)
-    color = f"rgba(217, 130, 43, {0.15 + 0.6 * weight / config['advantage_clip']:.2f})"
-    mark = f'<mark style="background: {color}" title="w = {weight:.2f}">'
-    return f"{escape(said[:start])}{mark}{escape(said[start:stop])}</mark>{escape(said[stop:])}"
+    stop = start + len(distilled)
+    shade = f"rgba(217, 130, 43, {0.15 + 0.6 * min(1.0, weight):.2f})"
+    marked = f'<mark style="background: {shade}" title="w = {weight:.2f}">'
+    return f"{escape(said[:start])}{marked}{escape(said[start:stop])}</mark>{escape(said[stop:])}"
 
 
-def episode(record, config) -> str:
-    skills = "".join(f'<p class="skill">{escape(skill)}</p>' for skill in record["skills"])
-    is_distilled = is_gated(record, config)
-    end = '<span class="solved">solved</span>' if record["success"] else ""
-    end = end or '<span class="failed">not solved</span>'
-    parts = [f"<div><b>{'With the skill' if skills else 'Plain prompt'}</b>, {end}{skills}"]
+def episode(record) -> str:
+    half = "Skill half" if record["skills"] else "Plain half"
+    kind, end = ("solved", "solved") if record["success"] else ("failed", "not solved")
+    parts = [f'<div><b>{half}</b>, <span class="{kind}">{end}</span>']
+    parts += [f'<p class="skill">{escape(skill)}</p>' for skill in record["skills"]]
     for step in record["steps"]:
-        seen = escape(step["saw"][:SEEN_CHARS])
-        said = response(step, config, is_distilled)
-        parts.append(f'<div class="step"><div class="saw">{seen}</div>')
-        parts.append(f'<div class="said">{said}</div></div>')
+        parts.append(f'<div class="step"><div class="saw">{escape(step["saw"][:SEEN_CHARS])}</div>')
+        parts.append(f'<div class="said">{response(step)}</div></div>')
     return "".join([*parts, "</div>"])
 
 
-def pairs(root, most, config) -> str:
-    """Up to `most` iterations in which both arms of a game were written out, spread over the run;
-    those first where the arms came out differently.
+def pairs(root, most) -> str:
+    """Up to `most` games, spread over the run, of which both halves were written out; those alone
+    in which the halves came out differently, if there are any.
     """
-    if not (root / "episodes.jsonl").exists():
-        return "<p>No transcripts (--samples 0).</p>"
     found = {}
-    for record in read_jsonl(root / "episodes.jsonl"):
+    path = root / "episodes.jsonl"
+    for record in read_jsonl(path) if path.exists() else ():
         key = (record["phase"], record["iteration"], record.get("group"))
         found.setdefault(key, {})[bool(record["skills"])] = record
-    both = [(key, arms) for key, arms in found.items() if len(arms) == 2]
+    both = [(key, halves) for key, halves in found.items() if len(halves) == 2]
     telling = [x for x in both if x[1][True]["success"] != x[1][False]["success"]]
-    chosen = telling or both
-    if len(chosen) > most:
-        chosen = [chosen[i * len(chosen) // most] for i in range(most)]
-    if not chosen:
-        return "<p>No group with both arms was written out.</p>"
+    games = telling or both
+    most = min(most, len(games))
+    chosen = [games[i * len(games) // most] for i in range(most)]
     parts = []
-    for (phase, iteration, _), arms in chosen:
-        delta = arms[True].get("delta")
+    for (phase, iteration, _), halves in chosen:
+        delta = halves[True].get("delta")
         effect = "" if delta is None else f", Δ_g = {delta:+.2f}"
         parts.append(f"<h3>{escape(phase)} {iteration}{effect}</h3>")
-        parts.append(f"<p>{escape(arms[True]['task'])}</p>")
-        halves = episode(arms[True], config) + episode(arms[False], config)
-        parts.append(f'<div class="pair">{halves}</div>')
-    return "\n".join(parts)
+        parts.append(f"<p>{escape(halves[True]['task'])}</p>")
+        parts.append(f'<div class="pair">{episode(halves[True])}{episode(halves[False])}</div>')
+    return "\n".join(parts) or "<p>No game of which both halves were written out.</p>"
 
 
-# --------------------------------------------------------------------------------------------------
-# Pages
-# --------------------------------------------------------------------------------------------------
-
-
-def page(title, sections) -> str:
-    body = "\n".join(f"<h2>{escape(name)}</h2>\n{html}" for name, html in sections.items())
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html>\n<html lang=en>{head}\n<h1>{escape(title)}</h1>\n{body}\n</html>\n"
-
-
-def run_page(name, control, most) -> str:
+def run_page(name, rows, most) -> str:
+    """The page of a run that has been drawn."""
     root = Path("runs") / name
-    config = read_json(root / "config.json")
-    plot.draw(root, root / "plot.png", Path("runs") / control if control else None)
-    rows = evaluations(name, control)
-    cells = [[escape(cell) for cell in row] for row in evaluation_rows(rows)]
-    missing = "<p>No evaluation yet: <code>python evaluate.py</code>.</p>"
-    sections = {"Evaluations": html_table(HEAD, cells) if rows else missing}
-    sections["Evaluations"] += f"<p>{escape(conclusion(rows))}</p>"
-    sections["Curves"] = picture(root / "plot.png")
-    sections["Skills and their lives"] = skill_lives(root)
-    sections["The same game with the skill and without"] = pairs(root, most, config)
-    sections["Flags"] = f"<pre>{escape(json.dumps(config, indent=1))}</pre>"
-    return page(f"SIRI run {name}", sections)
-
-
-def study_page(names) -> str:
-    sections = {}
-    if len(names) > 1 and Path("results/regime.png").exists():
-        text = Path("results/regime.md").read_text()
-        sections["All"] = picture("results/regime.png") + from_markdown(text)
-    for name in names:
-        text = Path(f"results/study-{name}.md").read_text()
-        sections[name] = picture(f"results/study-{name}.png") + from_markdown(text)
-    return page("Studies: " + ", ".join(names), sections)
-
-
-def from_markdown(text) -> str:
-    """The tables and paragraphs of what `tools/study.py` writes."""
-    parts = []
-    for block in text.strip().split("\n\n"):
-        lines = block.split("\n")
-        if lines[0].startswith("|"):
-            cells = [[escape(c.strip()) for c in line.strip("|").split("|")] for line in lines]
-            parts.append(html_table(lines[0].strip("| ").split("|"), cells[2:]))
-        else:
-            parts.append(f"<p>{escape(block)}</p>")
-    return "\n".join(parts)
+    image = base64.b64encode((root / "plot.png").read_bytes()).decode()
+    table = html_table(HEAD, [map(escape, cells_of(row)) for row in rows])
+    flags = json.dumps(read_json(root / "config.json"), indent=1)
+    title = escape(f"SIRI run {name}")
+    sections = {
+        "Evaluations": f"{table}<p>{escape(conclusion(rows))}</p>",
+        "Curves": f'<img alt="curves" src="data:image/png;base64,{image}">',
+        "Skills and their lives": skill_lives(root),
+        "The same game with the skill and without": pairs(root, most),
+        "Flags": f"<pre>{escape(flags)}</pre>",
+    }
+    body = "\n".join(f"<h2>{head}</h2>\n{html}" for head, html in sections.items())
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f"<!doctype html>\n<html lang=en>{head}\n<h1>{title}</h1>\n{body}\n</html>\n"
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", default="", help="name of a run")
-    parser.add_argument("--control", default="", help="name of its control, drawn with it")
-    parser.add_argument("--studies", default="", help="names of studies, instead of a run")
-    parser.add_argument("--pairs", type=int, default=6, help="games shown in both arms")
-    parser.add_argument("--out", default="", help="empty: runs/<run>/report.html")
+    parser.add_argument("--run", default="tiny", help="name of a run")
+    parser.add_argument("--control", default="", help="name of its control, a run too")
+    parser.add_argument("--pairs", type=int, default=6, help="games shown side by side")
     args = parser.parse_args()
-    if bool(args.run) == bool(args.studies):
-        raise UserError("give --run NAME or --studies NAMES")
-    if args.run:
-        text = run_page(args.run, args.control, args.pairs)
-        rows = evaluations(args.run, args.control)
-        print(f"{markdown_table(rows)}\n\n{conclusion(rows)}")
-        record = {"rows": [{k: row[k] for k in row if k != "items"} for row in rows]}
-        record["conclusion"] = conclusion(rows)
-        write_atomically(Path("runs") / args.run / "table.json", json.dumps(record, indent=1))
-    else:
-        text = study_page(args.studies.split(","))
-    out = Path(args.out or (f"runs/{args.run}/report.html" if args.run else "results/report.html"))
-    write_atomically(out, text)
-    print(f"written to {out}, {len(text.encode()) / 1e6:.1f} MB")
+    root = Path("runs") / args.run
+    rows = evaluations(args.run, args.control)
+    save(draw(args.run, args.control), root / "plot.png")
+    write_atomically(root / "report.html", run_page(args.run, rows, args.pairs))
+    record = {"rows": rows, "conclusion": conclusion(rows)}
+    write_atomically(root / "table.json", json.dumps(record, indent=1))
+    print(f"{markdown_table(rows)}\n\n{conclusion(rows)}")
+    print(f"written to {root}/report.html and plot.png")
 
 
 if __name__ == "__main__":

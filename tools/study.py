@@ -1,32 +1,35 @@
 """Variants x seeds at equal episodes: all variants of a seed go on from one warm-up checkpoint.
 
-    python -m tools.study --name shop --variants siri,gigpo --seeds 1,2,3,4,5 --jobs 2 \\
-        --flags "--env webshop --tasks 8"
-    python -m tools.study --name shop --variants siri,gigpo --seeds 1,2,3,4,5 --table   # draw again
+    python -m tools.study run --name shop --variants siri,gigpo,no-gate --seeds 1,2,3 --jobs 2
+    python -m tools.study table                # results/study.json -> study.md and study.png
 
-For each seed one run of `warmup.py`; forks of it through `mine.py`, one for all variants that are
-alike in phase 1; forks of these through `distill.py`, in --points stages; and after the warm-up,
-after mining and after each stage an evaluation of the whole held-out split, plain prompt. Every
-command whose result is there is skipped, so the study goes on where it was stopped. `--jobs`
-processes run side by side, each on one thread.
+`run` trains and evaluates. Each seed has one run of `warmup.py`, a fork of it through `mine.py` for
+all variants that are alike in phase 1, and a fork of that through `distill.py` for each variant.
+The whole held-out split is played with the plain prompt after the warm-up, after mining and at
+--points points of phase 2. A command whose evaluation is there is skipped, so the same line goes on
+where it was stopped. --jobs seeds run at once, each on one thread.
 
-Writes results/study-<name>.md (a table: mean over seeds, 95% interval, paired difference with the
-control) and .png (held-out success against episodes, mean and spread of the seeds), .json (every
-item of every evaluation).
+The result joins the other studies in results/study.json, as name -> {title, variants, ...}:
 
-The intervals are for other seeds and other items (`interval`); with one seed they are over items
-alone. Differences are paired: the same seeds and items for the variant and for the control.
+    variants   variant -> seed -> [[episodes, solved, items], ...], a point for each evaluation
+    pools      instead: studies whose seeds are taken together; `only` some of their variants
+    means      instead: what is known where the seeds are lost
+    explained  variant -> means over the seeds and the iterations of phases 1 and 2
+    control    what the other variants are compared with, where it is not gigpo
+    panel      whether the figure shows the study
+
+Each interval is Student's t, 95%, over the seeds' differences between a variant and the control. It
+speaks of other seeds on the same items. A single seed has no interval.
 """
 
 import argparse
 import json
-import math
 import os
-import platform
+import re
 import shlex
 import subprocess
 import sys
-import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,57 +38,39 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from tqdm import tqdm
 
 from config import UserError, read_json, read_jsonl, write_atomically
-from runtime.run import load_state, run_script
+from runtime.run import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTROL = "gigpo"
+RESULTS = Path("results/study.json")
 FIXED = ("flags", "mine_iterations", "distill_iterations", "points", "eval_items")  # of a study
-VARIANTS = {  # name: (flags of both phases, flags of phase 2 alone); one line makes an ablation
-    "gigpo": ("--skill_share 0", ""),
-    "siri": ("", ""),
-    "no-internalization": ("", "--lambda_max 0"),
-    "response": ("", "--internalize_tokens response"),
-    "response-strong": ("", "--internalize_tokens response --lambda_max 1.0"),
-    "action-strong": ("", "--lambda_max 1.0"),
-    "no-gate": ("", "--internalize_gate none"),
-    "no-weight": ("", "--internalize_weight one"),
-    "no-validation": ("--validate false", ""),
-    "grpo": ("--step_weight 0", ""),
-    "arm-baselines": ("--arm_baselines true", ""),
-    "kl": ("", "--internalize_tokens response --internalize_loss kl"),
-    "hand-off": ("", "--internalize_tokens response --hand_off true"),
-    "placebo": ("--placebo true", ""),
-    "given": ("--given_skills given-skills.jsonl --mine_episodes 0", ""),  # a file you write: a
-    # line is {"condition": "...", "strategy": "...", "bucket": "<task type or category>"}
+
+VARIANTS = {  # name: (in tables and figures, flags of phases 1 and 2, more flags of phase 2)
+    "siri": ("SIRI", "", ""),
+    "gigpo": ("GiGPO", "--without skills", ""),
+    "grpo": ("SIRI on GRPO", "--step_weight 0", ""),
+    "response-strong": ("SIRI, all tokens, lambda 1", "", "--without action_mask --lambda_max 1"),
+    "action-strong": ("SIRI, lambda 1", "", "--lambda_max 1"),
+    "nothing": ("no skill shown", "--show nothing", ""),
+    "neutral": ("neutral words shown", "--show neutral", ""),
+    "other": ("skills of other tasks shown", "--show other", ""),
 }
+IN_PHASE_2 = ("internalization", "gate", "weight", "action_mask")  # phase 1 is the same without
+
+BLUE, ORANGE, GREEN, GRAY = "#1f5fa8 #d9822b #3a8f5c #8a8f98".split()  # of all figures
+COLORS = {"gigpo": GRAY, "siri": BLUE, "response-strong": GREEN}
+OTHER_COLORS = (ORANGE, "#7b5ea7", "#b0413e", "#4aa3a2", "#a08030")
 
 
-def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--name", required=True, help="of the study; its runs begin with it")
-    parser.add_argument("--variants", default="siri,gigpo", help=f"of {', '.join(VARIANTS)}")
-    parser.add_argument("--seeds", default="1,2,3,4,5")
-    parser.add_argument("--flags", default="", help="flags of every phase of every variant")
-    parser.add_argument("--mine_iterations", type=int, default=4)
-    parser.add_argument("--distill_iterations", type=int, default=12)
-    parser.add_argument("--points", type=int, default=3, help="evaluations within phase 2")
-    parser.add_argument("--eval_items", type=int, default=0, help="of the panel; 0: all of it")
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
-    parser.add_argument("--table", action="store_true", help="no runs, only table and figure")
-    args = parser.parse_args()
-    args.variants = args.variants.split(",")
-    args.seeds = args.seeds.split(",")
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: must be 1 at least")
-    for variant in args.variants:
-        if variant not in VARIANTS:
-            raise UserError(f"--variants {variant}: choose of {', '.join(VARIANTS)}")
-    return args
+def describe(variant) -> tuple[str, str, str]:
+    """A line of VARIANTS, or what `no-<ablation>` stands for."""
+    name = variant.removeprefix("no-")
+    if variant not in VARIANTS and name == variant:
+        known = f"{', '.join(VARIANTS)}, or no-<ablation> for --without <ablation>"
+        raise UserError(f"--variants {variant}: choose of {known}")
+    flags = ("", f"--without {name}") if name in IN_PHASE_2 else (f"--without {name}", "")
+    return VARIANTS.get(variant, (f"without {name.replace('_', ' ')}", *flags))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -93,292 +78,355 @@ def parse():
 # --------------------------------------------------------------------------------------------------
 
 
-def command(script, run, *flags):
+def chain(args, variant, seed) -> list[dict]:
+    """The stages of one variant and seed, in order: a command, then an evaluation."""
+    _, both, later = describe(variant)
+    fresh = f"{args.flags} --seed {seed}"
+    warm = f"{args.name}-warmup-s{seed}"
+    mined = f"{args.name}-mine-{variant if both else 'siri'}-s{seed}"
+    own = f"{args.name}-{variant}-s{seed}"
+
+    def stage(run, phase, flags, iteration=None):
+        label = f"{phase}-{iteration}" if phase == "distill" else phase
+        out = f"runs/{run}/study-{label}.json"
+        return {"run": run, "phase": phase, "flags": flags, "iteration": iteration, "out": out}
+
+    start = stage(warm, "warmup", fresh)
+    before = f"--fork {warm}"
+    if variant == "no-warmup":  # mine.py begins with the initial policy
+        start = stage(warm, "init", fresh)
+        before = fresh
+    last = args.mine_iterations
+    stages = [start, stage(mined, "mine", f"{before} {both} --mine_iterations {last}", last)]
+    for last in np.linspace(0, args.distill_iterations, args.points + 1)[1:].round().astype(int):
+        flags = f"--fork {mined} {both} {later} --distill_iterations {last}"
+        stages.append(stage(own, "distill", flags, int(last)))
+    return stages
+
+
+def command(script, run, flags):
     """Run a script on one thread, its output in runs/<run>.log; UserError with its last line."""
     log = Path("runs") / f"{run}.log"
     log.parent.mkdir(exist_ok=True)
-    words = [word for part in flags for word in shlex.split(part)]
-    line = [sys.executable, str(ROOT / script), "--run", run, *words]
+    line = [sys.executable, str(ROOT / script), "--run", run, *shlex.split(flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    print(f"{script} {run}", flush=True)
     with open(log, "a") as file:
         done = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
-        last = log.read_text().strip().splitlines()[-1]
+        last = (log.read_text().strip().splitlines() or ["no word why"])[-1]
         raise UserError(f"{' '.join(line[1:])}: {last} (see {log})")
 
 
-def finished(run, phase, iterations) -> bool:
-    """Whether a run has saved so many iterations of a phase."""
-    return saved_iteration(run, phase) >= iterations
+def perform(args, stage):
+    """A stage, unless its evaluation is there. UserError if the run has gone on beyond it."""
+    run, phase, out = stage["run"], stage["phase"], Path(stage["out"])
+    if out.exists():
+        return
+    how = f"--checkpoint {phase} --eval_items {args.eval_items} --out {out}"
+    if phase == "init":  # there is no run yet whose flags the evaluation could take
+        how += f" {stage['flags']}"
+    else:
+        command(f"{phase}.py", run, stage["flags"])
+    command("evaluate.py", run, how)
+    reached = read_json(out)["iteration"]
+    if stage["iteration"] not in (None, reached):
+        out.unlink()
+        wanted = f"iteration {stage['iteration']} of {phase} was to be evaluated"
+        raise UserError(f"runs/{run}: {wanted}, but it is at {reached}; remove that folder")
 
 
-def saved_iteration(run, phase) -> int:
-    """The iteration of a phase's last save; -1 where there is none."""
-    folder = Path("runs") / run / phase
-    return load_state(folder)["iteration"] if (folder / "state.pt").exists() else -1
-
-
-def evaluated(args, run, checkpoint, label) -> dict:
-    """The evaluation of a checkpoint, made when it is not there yet."""
-    out = Path("runs") / run / f"study-{label}.json"
-    if not out.exists():
-        items = f"--eval_items {args.eval_items}"
-        command("evaluate.py", run, f"--checkpoint {checkpoint}", f"--out {out}", items)
-    return read_json(out)
-
-
-def warm_up(args, seed):
-    run = f"{args.name}-warmup-s{seed}"
-    if not (Path("runs") / run / "study-warmup.json").exists():
-        command("warmup.py", run, args.flags, f"--seed {seed}")
-    evaluated(args, run, "init", "init")
-    evaluated(args, run, "warmup", "warmup")
-
-
-def mined_by(args, variant, seed) -> str:
-    """The run whose phase 1 a variant goes on from: that of the first one with the same flags."""
-    alike = [name for name in VARIANTS if VARIANTS[name][0] == VARIANTS[variant][0]]
-    return f"{args.name}-mine-{alike[0]}-s{seed}"
-
-
-def mine(args, run, seed, flags):
-    """Phase 1 and its evaluation."""
-    if not finished(run, "mine", args.mine_iterations):
-        fork = f"--fork {args.name}-warmup-s{seed}"
-        command("mine.py", run, fork, flags, f"--mine_iterations {args.mine_iterations}")
-    evaluated(args, run, "mine", "mine")
-
-
-def distill(args, variant, seed):
-    """Phase 2 of one variant and seed, with its evaluations."""
-    run = f"{args.name}-{variant}-s{seed}"
-    fork = f"--fork {mined_by(args, variant, seed)}"
-    flags = " ".join(VARIANTS[variant])
-    for iterations in stages(args):
-        if not finished(run, "distill", iterations):
-            command("distill.py", run, fork, flags, f"--distill_iterations {iterations}")
-        if iterations == saved_iteration(run, "distill"):  # a later one was evaluated before
-            evaluated(args, run, "distill", f"distill-{iterations}")
-
-
-def stages(args) -> list:
-    """The iterations of phase 2 after which there is an evaluation."""
-    cuts = np.linspace(0, args.distill_iterations, args.points + 1)[1:]
-    return [int(round(cut)) for cut in cuts]
-
-
-def run_all(args):
-    pairs = [(variant, seed) for seed in args.seeds for variant in args.variants]
-    mines = {mined_by(args, *pair): (pair[1], VARIANTS[pair[0]][0]) for pair in pairs}
-    waves = {
-        "warm-ups": [(warm_up, args, seed) for seed in args.seeds],
-        "mining": [(mine, args, run, *rest) for run, rest in mines.items()],
-        "phase 2": [(distill, args, *pair) for pair in pairs],
-    }
-    for name, wave in waves.items():  # one after the other: a fork needs what it goes on from
-        with ThreadPoolExecutor(args.jobs) as pool:
-            futures = [pool.submit(*job) for job in wave]
-            for future in tqdm(futures, desc=name, unit="run"):
-                future.result()
-
-
-# --------------------------------------------------------------------------------------------------
-# What came of it
-# --------------------------------------------------------------------------------------------------
-
-
-def collect(args) -> dict:
-    """variant -> seed -> [(episodes, {item: solved})], from the warm-up to the end."""
-    results = {}
+def run_seed(args, seed):
+    """Variant after variant; what they share is there when the second one comes to it."""
     for variant in args.variants:
-        results[variant] = {}
-        for seed in args.seeds:
-            run = Path("runs") / f"{args.name}-{variant}-s{seed}"
-            warmup = Path("runs") / f"{args.name}-warmup-s{seed}" / "study-warmup.json"
-            metrics = read_jsonl(run / "metrics.jsonl")
-            curve = [(episodes_at(metrics, "warmup", 10**9), read_json(warmup)["items"])]
-            mined = Path("runs") / mined_by(args, variant, seed) / "study-mine.json"
-            at = episodes_at(metrics, "mine", args.mine_iterations)
-            curve.append((at, read_json(mined)["items"]))
-            for iterations in stages(args):
-                items = read_json(run / f"study-distill-{iterations}.json")["items"]
-                curve.append((episodes_at(metrics, "distill", iterations), items))
-            results[variant][seed] = curve
-    return results
-
-
-def episodes_at(metrics, phase, iteration) -> int:
-    """Episodes a run had rolled out by the end of an iteration of a phase."""
-    lines = [x for x in metrics if x["phase"] == phase and x["iteration"] <= iteration]
-    return lines[-1]["episodes_so_far"]
-
-
-def matrix(curves, point) -> np.ndarray:
-    """[seeds, items] of 0 and 1: what each seed solved at a point of its curve."""
-    rows = []
-    for curve in curves.values():
-        items = curve[point][1]
-        rows.append([items[name] for name in sorted(items)])
-    return np.array(rows, float)
-
-
-def interval(values, lowest=-1.0) -> tuple:
-    """95% interval of the mean of [seeds, items], were the seeds others, and the items.
-
-    mean +- t SE,  SE^2 = Var(means of the seeds) / seeds + Var(means of the items) / items,
-    with Student's t for seeds - 1 degrees of freedom: drawing five seeds with repetition instead
-    gives an interval 0.63 as wide, which is too narrow. One seed: its items alone, t = 1.96; one
-    item, the mean of a panel: the seeds alone. What a mean cannot be (below `lowest`, above 1) is
-    cut off.
-    """
-    n_seeds, n_items = values.shape
-    variance = 0.0
-    t = 1.96
-    if n_items > 1:
-        variance += values.mean(0).var(ddof=1) / n_items
-    if n_seeds > 1:
-        variance += values.mean(1).var(ddof=1) / n_seeds
-        t = t_quantile(n_seeds - 1)
-    half = t * variance**0.5
-    return max(lowest, values.mean() - half), min(1.0, values.mean() + half)
-
-
-def t_quantile(freedom, share=0.975) -> float:
-    """What Student's t is below with probability `share`: its density summed up from 0 to there."""
-    x = np.linspace(0, 200, 200_001)
-    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
-    scale /= math.sqrt(freedom * math.pi)
-    steps = (density[1:] + density[:-1]) / 2 * (x[1] - x[0])
-    return float(np.interp(share - 0.5, scale * np.cumsum(steps), x[1:]))
-
-
-def curve_means(curves) -> np.ndarray:
-    """[seeds, items]: each item's success averaged over all points after the warm-up, weighted by
-    the episodes between them: the area under the curve, item by item.
-    """
-    per_seed = []
-    for curve in curves.values():
-        episodes = np.array([point[0] for point in curve], float)
-        names = sorted(curve[0][1])
-        solved = np.array([[items[name] for name in names] for _, items in curve], float)  # [P, I]
-        widths = np.diff(episodes)[:, None]  # [P - 1, 1]
-        middle = (solved[1:] + solved[:-1]) / 2  # [P - 1, I]
-        per_seed.append((widths * middle).sum(0) / widths.sum())
-    return np.array(per_seed)
-
-
-def diagnostics(args, variant) -> dict:
-    """Means over iterations and seeds of what explains the result."""
-    lines = []
-    active = []
-    for seed in args.seeds:
-        run = Path("runs") / f"{args.name}-{variant}-s{seed}"
-        metrics = [x for x in read_jsonl(run / "metrics.jsonl") if x["phase"] != "warmup"]
-        lines += metrics
-        active.append(sum(x["active"] > 0 for x in metrics) / len(metrics))
-    names = ("no_contrast", "delta", "gated_share", "grad_norm_rl", "grad_norm_internalization")
-    result = {"iterations with an active skill": float(np.mean(active))}
-    for name in (*names, "grad_cosine"):
-        values = [x[name] for x in lines if x.get(name) is not None]
-        result[name] = float(np.mean(values)) if values else None
-    return result
-
-
-def table(args, results) -> str:
-    control = results.get(CONTROL)
-    lines = [
-        "| variant | episodes | success at the end | 95% interval | difference with the control |"
-        " 95% interval | mean over the curve | difference | 95% interval |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    start = matrix(next(iter(results.values())), 0)
-    at = np.mean([curve[0][0] for curve in next(iter(results.values())).values()])
-    first = f"{start.mean():.3f} | {between(interval(start, lowest=0.0))}"
-    lines.append(f"| after warm-up | {at:.0f} | {first} | | | | | |")
-    for variant, curves in results.items():
-        end = matrix(curves, -1)
-        whole = curve_means(curves)
-        episodes = np.mean([curve[-1][0] for curve in curves.values()])
-        row = [variant, f"{episodes:.0f}", f"{end.mean():.3f}", between(interval(end, 0.0))]
-        if control and variant != CONTROL:
-            gain = end - matrix(control, -1)
-            more = whole - curve_means(control)
-            row += [f"{gain.mean():+.3f}", between(interval(gain)), f"{whole.mean():.3f}"]
-            row += [f"{more.mean():+.3f}", between(interval(more))]
-        else:
-            row += ["", "", f"{whole.mean():.3f}", "", ""]
-        lines.append(f"| {' | '.join(row)} |")
-    explained = {variant: diagnostics(args, variant) for variant in results}
-    names = list(explained[args.variants[0]])
-    lines += ["", f"| variant | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-    for variant, values in explained.items():
-        cells = ["-" if value is None else f"{value:.3g}" for value in values.values()]
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def between(bounds) -> str:
-    low, high = bounds
-    return f"{low:+.3f} to {high:+.3f}" if low < 0 else f"{low:.3f} to {high:.3f}"
-
-
-def mean_curve(axis, variant, curves):
-    """Success against episodes: the mean of the seeds, and their range as a band."""
-    episodes = np.mean([[point[0] for point in curve] for curve in curves.values()], axis=0)
-    success = [[np.mean(list(items.values())) for _, items in curve] for curve in curves.values()]
-    success = np.array(success)  # [seeds, points]
-    (line,) = axis.plot(episodes, success.mean(0), marker="o", ms=4, label=variant)
-    axis.fill_between(episodes, success.min(0), success.max(0), color=line.get_color(), alpha=0.12)
-
-
-def draw(args, results, path):
-    figure, axis = plt.subplots(figsize=(7.5, 4.5), constrained_layout=True)
-    for variant, curves in results.items():
-        mean_curve(axis, variant, curves)
-    axis.set(xlabel="episodes", ylabel="held-out success, plain prompt", ylim=(0, 1))
-    axis.set_title(f"{args.name}: mean and range of {len(args.seeds)} seeds", fontsize=10)
-    axis.legend(frameon=False)
-    save(figure, path)
-
-
-def save(figure, path):
-    """Write a figure, its axes open at the top and the right."""
-    for axis in figure.axes:
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+        for stage in chain(args, variant, seed):
+            perform(args, stage)
 
 
 def remember(args):
     """Keep what a study is; UserError when it is to be another one under the same name."""
     path = Path("runs") / f"study-{args.name}.json"
     wanted = {name: getattr(args, name) for name in FIXED}
-    if path.exists():
-        for name, was in read_json(path).items():
-            if was != wanted[name]:
-                reason = f"was begun with --{name} {was}, not {wanted[name]}"
-                raise UserError(f"the study {args.name} {reason}; give this one another --name")
+    known = read_json(path) if path.exists() else wanted
+    for name in FIXED:
+        if known[name] != wanted[name]:
+            was = f"was begun with --{name} {known[name]}, not {wanted[name]}"
+            raise UserError(f"the study {args.name} {was}; give this one another --name")
     write_atomically(path, json.dumps(wanted, indent=1))
+
+
+def collect(args) -> dict:
+    """What results/study.json keeps of a study that has run."""
+    variants = defaultdict(dict)
+    explained = {}
+    for variant in args.variants:
+        logs = []
+        for seed in args.seeds:
+            stages = chain(args, variant, seed)
+            logs.append(read_jsonl(f"runs/{stages[-1]['run']}/metrics.jsonl"))
+            points = variants[variant][seed] = []
+            for stage in stages:
+                items = read_json(stage["out"])["items"]
+                points.append([episodes_at(logs[-1], stage), sum(items.values()), len(items)])
+        explained[variant] = explain(logs)
+    return {"variants": variants, "explained": explained}
+
+
+def episodes_at(log, stage) -> int:
+    """Episodes that a run had rolled out by the end of a stage."""
+    last = stage["iteration"] or float("inf")
+    lines = [x for x in log if x["phase"] == stage["phase"] and x["iteration"] <= last]
+    return lines[-1]["episodes_so_far"] if lines else 0
+
+
+EXPLAINED = {  # name in study.json: heading
+    "first_success": "plain success in the first iteration",
+    "first_contrast": "its groups with a contrast",
+    "active": "iterations with an active skill",
+    "no_contrast": "groups without a contrast",
+    "delta": "Delta_g",
+    "gated_share": "gated share",
+    "grad_norm_rl": "gradient of L_GiGPO",
+    "grad_norm_internalization": "gradient of L_int",
+    "grad_cosine": "their cosine",
+}
+
+
+def explain(logs) -> dict:
+    """EXPLAINED but for the gradients, which no run logs now: means over seeds and iterations."""
+    later = [line for log in logs for line in log if line["phase"] != "warmup"]
+    values = {
+        "first_success": [log[0]["success_plain"] for log in logs],
+        "first_contrast": [1 - log[0]["no_contrast"] for log in logs],
+        "active": [line["active"] > 0 for line in later],
+    }
+    for name in ("no_contrast", "delta", "gated_share"):
+        values[name] = [line[name] for line in later if line.get(name) is not None]
+    return {name: round(float(np.mean(found)), 5) for name, found in values.items() if found}
+
+
+# --------------------------------------------------------------------------------------------------
+# Statistics
+# --------------------------------------------------------------------------------------------------
+
+# Student's t, 97.5%, by degrees of freedom from 1 to 20; the last serves beyond, a little too wide
+T = """12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228
+2.201 2.179 2.160 2.145 2.131 2.120 2.110 2.101 2.093 2.086""".split()
+
+
+def interval(values) -> tuple[float, float] | None:
+    """95% interval of the mean of independent values, or None for a single one."""
+    n = len(values)
+    if n < 2:
+        return None
+    half = float(T[min(n - 1, 20) - 1]) * np.std(values, ddof=1) / n**0.5
+    return np.mean(values) - half, np.mean(values) + half
+
+
+def measures(curve) -> dict:
+    """Success of one seed after the warm-up, at the end, and its mean over the episodes between."""
+    episodes, solved, items = np.array(curve, float).T
+    success = solved / items
+    area = np.trapezoid(success, episodes)
+    return {"warmup": success[0], "end": success[-1], "curve": area / (episodes[-1] - episodes[0])}
+
+
+def differences(curves, control, measure) -> list[float]:
+    """Variant - control for each seed. UserError unless both have the same seeds and plan."""
+    if curves.keys() != control.keys():
+        raise UserError("variant and control have other seeds; finish the study first")
+    if any(plan(curve) != plan(control[seed]) for seed, curve in curves.items()):
+        raise UserError("variant and control were evaluated at other episodes or items")
+    return [measures(c)[measure] - measures(control[seed])[measure] for seed, c in curves.items()]
+
+
+def plan(curve) -> list:
+    """Episodes since the first point, and items, of each point."""
+    return [(episodes - curve[0][0], items) for episodes, _, items in curve]
+
+
+def variants_of(studies, name) -> dict:
+    """variant -> seed -> curve. A study that pools others has the variants common to all."""
+    study = studies[name]
+    if "pools" not in study:
+        return study["variants"]
+    parts = [studies[part]["variants"] for part in study["pools"]]
+    pooled = {}
+    for variant in study.get("only", parts[0]):
+        if all(variant in part for part in parts):
+            seeds = [item for part in parts for item in part[variant].items()]
+            plans = [plan(curve) for _, curve in seeds]
+            if len(dict(seeds)) < len(seeds) or any(own != plans[0] for own in plans):
+                raise UserError(f"{name} pools a seed twice, or studies with other evaluations")
+            pooled[variant] = dict(seeds)
+    return pooled
+
+
+# --------------------------------------------------------------------------------------------------
+# Table and figure
+# --------------------------------------------------------------------------------------------------
+
+HEAD = ["study", "variant", "seeds", "episodes", "after warm-up", "at the end", "over the curve"]
+HEAD += ["difference over the curve, 95%", "ahead", "difference at the end, 95%", "ahead"]
+
+
+def rows(studies, name) -> list[list[str]]:
+    """A study's lines of the table, a variant each."""
+    study = studies[name]
+    if "means" in study:
+        return [means_row(study, *item) for item in study["means"].items()]
+    variants = variants_of(studies, name)
+    control = study.get("control", "gigpo")
+    lines = []
+    for variant, curves in variants.items():
+        found = [measures(curve) for curve in curves.values()]
+        episodes = np.mean([curve[-1][0] for curve in curves.values()])
+        line = [study["title"], describe(variant)[0], str(len(curves)), f"{episodes:.0f}"]
+        line += [f"{np.mean([x[key] for x in found]):.3f}" for key in ("warmup", "end", "curve")]
+        for measure in ("curve", "end"):
+            if variant == control or control not in variants:
+                line += ["", ""]
+                continue
+            gains = differences(curves, variants[control], measure)
+            line += [estimate(gains), f"{sum(gain > 0 for gain in gains)} of {len(gains)}"]
+        lines.append(line)
+    return lines
+
+
+def means_row(study, variant, known) -> list[str]:
+    line = [study["title"], describe(variant)[0], str(study["seeds"]), str(known["episodes"])]
+    line += [f"{known[key]:.3f}" for key in ("warmup", "end", "curve")]
+    for measure in ("curve", "end"):
+        gain = known.get(f"{measure}_gain")
+        line += ["" if gain is None else f"{gain:+.3f} (no interval)", ""]
+    return line
+
+
+def estimate(values) -> str:
+    """`+0.125 (+0.046 to +0.204)`."""
+    if len(values) == 1 or np.ptp(values) == 0:
+        return f"{values[0]:+.3f} ({'one seed' if len(values) == 1 else 'in every seed'})"
+    low, high = interval(values)
+    return f"{np.mean(values):+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def markdown(studies) -> str:
+    """The table of results, which is the generated part of results/study.md."""
+    lines = [HEAD, ["---"] * len(HEAD)]
+    for name in studies:
+        lines += rows(studies, name)
+    return piped(lines)
+
+
+def reasons(studies) -> str:
+    """The table of what explains them."""
+    lines = [["study", "variant", *EXPLAINED.values()], ["---"] * (2 + len(EXPLAINED))]
+    for study in studies.values():
+        for variant, values in study.get("explained", {}).items():
+            cells = [f"{values[key]:.3g}" if key in values else "" for key in EXPLAINED]
+            lines.append([study["title"], describe(variant)[0], *cells])
+    return piped(lines)
+
+
+def piped(lines) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def replace_block(path, name, text):
+    """Put `text` between <!-- name:begin --> and <!-- name:end --> of a page."""
+    page = Path(path).read_text()
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise UserError(f"{path}: no {begin} ... {end}")
+    write_atomically(path, f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def draw(studies, path):
+    """A panel for each study that has `panel`: mean and range of its seeds."""
+    shown = {name: study for name, study in studies.items() if study.get("panel")}
+    size = {"figsize": (3.7 * len(shown), 3.7), "constrained_layout": True}
+    figure, axes = plt.subplots(1, len(shown), sharey=True, squeeze=False, **size)
+    colors = dict(COLORS)
+    labels = {}
+    for axis, (name, study) in zip(axes[0], shown.items(), strict=True):
+        for variant, curves in variants_of(studies, name).items():
+            color = colors.setdefault(variant, OTHER_COLORS[len(colors) % len(OTHER_COLORS)])
+            points = np.array(list(curves.values()), float)  # [seeds, points, 3]
+            episodes = points[:, :, 0].mean(0)
+            success = points[:, :, 1] / points[:, :, 2]
+            (line,) = axis.plot(episodes, success.mean(0), color=color, marker="o", ms=4)
+            band = {"color": color, "alpha": 0.12, "lw": 0}
+            axis.fill_between(episodes, success.min(0), success.max(0), **band)
+            labels.setdefault(describe(variant)[0], line)
+        axis.set_title(study["title"], fontsize=10)
+        axis.set(xlabel="episodes", ylim=(0, 1))
+        axis.locator_params(axis="x", nbins=5)
+    axes[0, 0].set_ylabel("held-out success (mean, range of seeds)")
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=4, frameon=False)
+    save(figure, path)
+
+
+def save(figure, path):
+    """Write a figure, its axes open at the top and the right."""
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("table", help="draw results/study.json again")
+    run = commands.add_parser("run", help="train, evaluate, and add to results/study.json")
+    run.add_argument("--name", required=True, help="of the study; its runs begin with it")
+    run.add_argument("--title", default="", help="in the table and above its panel")
+    names = f"of {', '.join(VARIANTS)}, or no-<ablation> for --without <ablation>"
+    run.add_argument("--variants", default="siri,gigpo", help=names)
+    run.add_argument("--seeds", default="1,2,3,4,5")
+    run.add_argument("--flags", default="", help="flags of every phase of every variant")
+    run.add_argument("--mine_iterations", type=int, default=4)
+    run.add_argument("--distill_iterations", type=int, default=12)
+    run.add_argument("--points", type=int, default=3, help="evaluations within phase 2")
+    run.add_argument("--eval_items", type=int, default=0, help="of the panel; 0: all of it")
+    run.add_argument("--jobs", type=int, default=1, help="seeds at once")
+    args = parser.parse_args()
+    if args.command == "run":
+        args.variants, args.seeds = args.variants.split(","), args.seeds.split(",")
+        for variant in args.variants:
+            describe(variant)
+        if args.jobs < 1:
+            raise UserError(f"--jobs {args.jobs}: must be 1 at least")
+    return args
+
+
+def run_study(args) -> str:
+    remember(args)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda seed: run_seed(args, seed), args.seeds))
+    studies = read_json(RESULTS) if RESULTS.exists() else {}
+    study = {"title": args.title or args.name, "panel": True} | collect(args)
+    study["command"] = "python -m tools.study " + shlex.join(sys.argv[1:])
+    text = json.dumps(studies | {args.name: study}, indent=1)
+    curves = r"\[[\d\s,\[\]]+\]"  # each on one line
+    text = re.sub(curves, lambda curve: "".join(curve[0].split()), text)
+    write_atomically(RESULTS, text + "\n")
+    return f"{markdown({args.name: study})}\n\n{reasons({args.name: study})}"
 
 
 def main():
     args = parse()
-    start = time.time()
-    remember(args)
-    if not args.table:
-        run_all(args)
-    results = collect(args)
-    Path("results").mkdir(exist_ok=True)
-    words = " ".join(shlex.quote(word) for word in sys.argv[1:] if word != "--table")
-    text = f"`python -m tools.study {words}`\n\n{platform.processor() or platform.machine()}, "
-    text += f"{len(args.seeds)} seeds, {time.time() - start:.0f} s in this call\n\n"
-    text += table(args, results)
-    write_atomically(f"results/study-{args.name}.md", text + "\n")
-    write_atomically(f"results/study-{args.name}.json", json.dumps(results))
-    draw(args, results, f"results/study-{args.name}.png")
-    print(text)
+    if args.command == "run":
+        print(run_study(args))
+    else:
+        studies = read_json(RESULTS)
+        replace_block(RESULTS.with_suffix(".md"), "study", markdown(studies))
+        draw(studies, RESULTS.with_suffix(".png"))
+        print(reasons(studies))
 
 
 if __name__ == "__main__":

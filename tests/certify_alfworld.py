@@ -1,6 +1,6 @@
 """Certify the fast ALFWorld engine against the stock alfworld package, step by step.
 
-    python -m tools.compare_alfworld --data $ALFWORLD_DATA --split train,valid_seen --games 40
+    python -m tests.certify_alfworld --data $ALFWORLD_DATA --split train,valid_seen --games 40
 
 Every game is played with its walkthrough mixed with random admissible, inadmissible and malformed
 actions; on each step the observation, the admissible actions, the reward and the end must be equal.
