@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import ROOT
 
+from config import read_json
+from tools import report
+
 SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "runs", "tests"} & set(p.parts)]
 METHOD = (ROOT / "docs" / "method.md").read_text()
 FORK = (ROOT / "docs" / "fork.md").read_text()
@@ -59,6 +62,14 @@ def test_every_logged_name_is_in_the_glossary():
     assert len(logged) > 25
     for name in logged:
         assert f"`{name}`" in glossary, name
+
+
+def test_the_table_of_the_readme_is_the_demo_that_was_run():
+    shown = ("before training", "after mining", report.SIRI, report.CONTROL)
+    rows = [row for row in read_json(ROOT / "results/demo.json")["rows"] if row["name"] in shown]
+    readme = (ROOT / "README.md").read_text()
+    block = readme.split("<!-- demo:begin -->\n")[1].split("\n<!-- demo:end -->")[0]
+    assert block == report.markdown_table(rows)
 
 
 # --- docs/fork.md ---------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def test_an_effect_is_success_with_the_skill_minus_without(monkeypatch, tmp_path
             episode.success = bool(episode.skills) or episode.item == "i"
         return [episode for group in groups for episode in group]
 
-    monkeypatch.setattr(effects.common, "rollout", rollout)
+    monkeypatch.setattr(effects, "rollout", rollout)
     text = effects.measure(config, tmp_path, 2)
     assert "| active | +0.00 | 2 | +0.50 +- 0.50 | 0.50 | when c: good |" in text
     assert "untried" not in text

@@ -1,11 +1,13 @@
 """The page and the picture of a run: texts stay text, marks show what was distilled."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from config import UserError
+from config import Config, UserError
+from runtime import saves
 from tools import report, study
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>&\"'"
@@ -16,7 +18,6 @@ EVALUATION = "eval-test-distill-T0.4-s0.json"
 def write_run(root, success, **changes):
     """A run folder written by hand, hostile in every text."""
     (root / "distill").mkdir(parents=True)
-    (root / "config.json").write_text(json.dumps({"model": EVIL}))
     phases = [("warmup", k) for k in (1, 2)] + [("mine", 1), ("distill", 1)]
     text = ""
     for number, (phase, k) in enumerate(phases, 1):
@@ -30,6 +31,9 @@ def write_run(root, success, **changes):
     skill = {"condition": EVIL, "strategy": EVIL, "bucket": EVIL, "utility": 0.2, "n": 3}
     skill |= {"status": EVIL, "born": 1, "deltas": [0.5, 0, -0.25]}
     (root / "distill" / "skills.jsonl").write_text(json.dumps(skill) + "\n")
+    flags = dataclasses.asdict(Config()) | {"model": EVIL}
+    (root / "distill" / "config.json").write_text(json.dumps(flags))
+    (root / "distill" / saves.MANIFEST).write_text(json.dumps(saves.files_of(root / "distill")))
     said = f"<think>{ACTION}</think>{ACTION}{EVIL}"
     step = {"saw": EVIL, "said": said, "did": EVIL, "reward": 1, "advantage": 0.5}
     distilled = [step | {"weight": w, "distilled": ACTION} for w in (0.5, 1.0, 0.0)]
@@ -105,8 +109,8 @@ def test_run_and_control_are_compared_on_one_panel_at_equal_episodes(runs, capsy
     mined.write_text((runs / "c" / EVALUATION).read_text())
     report.main()
     said = capsys.readouterr().out
-    assert "| after `distill.py`: SIRI | 32 | 7 of 10 | 0.700 | 0.100 to 0.950 |" in said
-    assert "| the control: GiGPO, equal episodes | 32 | 2 of 10 | 0.200 |" in said
+    assert "| SIRI, after distillation | 32 | 7 of 10 | 0.700 (0.100 to 0.950) |" in said
+    assert "| control: GiGPO alone | 32 | 2 of 10 | 0.200 (" in said
     assert "SIRI - GiGPO at equal episodes: +0.500. One seed, so no interval." in said
     table = json.loads((runs / "r" / "table.json").read_text())
     assert [row["episodes"] for row in table["rows"]] == [32, 32] and table["conclusion"] in said

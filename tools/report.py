@@ -25,6 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from config import UserError, read_json, read_jsonl, write_atomically
+from runtime.flags import saved_flags
 from runtime.run import run_script
 from tools.study import BLUE, GRAY, GREEN, ORANGE, piped, save
 
@@ -32,15 +33,15 @@ from tools.study import BLUE, GRAY, GREEN, ORANGE, piped, save
 # The table
 # --------------------------------------------------------------------------------------------------
 
-SIRI = "after `distill.py`: SIRI"
-CONTROL = "the control: GiGPO, equal episodes"
+SIRI = "SIRI, after distillation"
+CONTROL = "control: GiGPO alone"
 NAMES = {  # of checkpoints in the table
-    "init": "imitation policy (before)",
-    "warmup": "after `warmup.py`",
-    "mine": "after `mine.py`",
+    "init": "before training",
+    "warmup": "after warm-up",
+    "mine": "after mining",
     "distill": SIRI,
 }
-HEAD = ["checkpoint", "training episodes", "solved", "success", "95% interval", "mean score"]
+HEAD = ["checkpoint", "training episodes", "solved", "success (95% interval)"]
 
 
 def read_metrics(run) -> list[dict]:
@@ -68,13 +69,12 @@ def evaluations(name, control="") -> list[dict]:
 
 
 def cells_of(row) -> list[str]:
-    interval = f"{row['low']:.3f} to {row['high']:.3f}"
-    counts = [str(row["episodes"]), f"{row['solved']} of {row['n']}"]
-    return [row["name"], *counts, f"{row['success']:.3f}", interval, f"{row['score']:.3f}"]
+    success = f"{row['success']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+    return [row["name"], str(row["episodes"]), f"{row['solved']} of {row['n']}", success]
 
 
 def markdown_table(rows) -> str:
-    return "\n".join(map(piped, [HEAD, ["---"] * len(HEAD), *map(cells_of, rows)]))
+    return piped([HEAD, ["---"] * len(HEAD), *map(cells_of, rows)])
 
 
 def conclusion(rows) -> str:
@@ -303,7 +303,7 @@ def run_page(name, rows, most) -> str:
     root = Path("runs") / name
     image = base64.b64encode((root / "plot.png").read_bytes()).decode()
     table = html_table(HEAD, [map(escape, cells_of(row)) for row in rows])
-    flags = json.dumps(read_json(root / "config.json"), indent=1)
+    flags = json.dumps(saved_flags(root), indent=1)
     title = escape(f"SIRI run {name}")
     sections = {
         "Evaluations": f"{table}<p>{escape(conclusion(rows))}</p>",
