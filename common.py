@@ -22,12 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import envs
-from config import Config, UserError
+from config import UserError
 from runtime import guard, parallel
 from runtime.generation import Cache, encode_prompts, generate
 from runtime.memory import LOGITS
-from runtime.policy import Policy
-from skills import Skill, SkillBank
+from skills import Skill
 from worlds import Observation
 
 SUCCESS_REWARD = 10.0  # of the step that solves the task; every other step gets 0
@@ -121,14 +120,14 @@ def relative(value, peers, normalize_std):
 # `tokens` the tensors are the whole.
 
 
-def token_mean(values, mask, tokens=None):
+def token_mean(values, mask, tokens=None) -> torch.Tensor:
     """Sum over the True positions of `mask` / `tokens`; 0 when there are none."""
     return (values * mask).sum() / (tokens or mask.sum().clamp(min=1))
 
 
 def clipped_policy_loss(
     logprobs, old_logprobs, advantages, mask, *, clip=0.2, dual_clip=3.0, tokens=None
-):
+) -> torch.Tensor:
     """PPO's clipped surrogate with dual clip, token-mean (method Eq. 5). All [B, L] -> scalar.
 
     max(-A r, -A clip(r, 1 - clip, 1 + clip)), r = exp(logprob - old); for A < 0 at most
@@ -140,7 +139,7 @@ def clipped_policy_loss(
     return token_mean(loss, mask, tokens)
 
 
-def k3_kl(logprobs, ref_logprobs, mask, *, tokens=None):
+def k3_kl(logprobs, ref_logprobs, mask, *, tokens=None) -> torch.Tensor:
     """Token-mean k3 estimate of KL(policy || reference) (method Eq. 6). All [B, L] -> scalar.
 
     exp(d) - d - 1 with d = ref - logprob (http://joschu.net/blog/kl-approx.html), clamped to
@@ -150,7 +149,7 @@ def k3_kl(logprobs, ref_logprobs, mask, *, tokens=None):
     return token_mean((d.exp() - d - 1).clamp(-10, 10), mask, tokens)
 
 
-def internalization_loss(logprobs, weights, gate, *, tokens=None):
+def internalization_loss(logprobs, weights, gate, *, tokens=None) -> torch.Tensor:
     """L_int: weighted self-imitation under the plain prompt (method Eq. 12) -> scalar.
 
     | argument | shape       | meaning                                                   |
@@ -204,7 +203,7 @@ class Episode:
     obs: Observation | None = None  # what the policy sees next
 
 
-def open_groups(items, config: Config, members=None) -> list[list[Episode]]:
+def open_groups(items, config, members=None) -> list[list[Episode]]:
     """Items -> groups of `members` (config.group_size) episodes, ready to be played.
 
     An item is the same game in the same initial state for all, so that the two halves of a group
@@ -223,7 +222,7 @@ def open_groups(items, config: Config, members=None) -> list[list[Episode]]:
     return groups
 
 
-def put_skills(groups, bank: SkillBank, statuses):
+def put_skills(groups, bank, statuses):
     """Give one half of each group the skills that the bank has for its task: the skill half."""
     for group in groups:
         skills = bank.retrieve(group[0].task, group[0].task_type, statuses)
@@ -233,9 +232,7 @@ def put_skills(groups, bank: SkillBank, statuses):
             episode.shown = bank.shown(skills)
 
 
-def rollout(
-    policy: Policy, config: Config, groups, seed, *, temperature=None, desc="rollout"
-) -> list[Episode]:
+def rollout(policy, config, groups, seed, *, temperature=None, desc="rollout") -> list[Episode]:
     """Play every episode of the groups to its end -> the episodes, in their order, without the
     groups of which a world raised an error.
 
@@ -310,7 +307,7 @@ def play(policy, config, episodes, temperature, seed, desc) -> list[Episode]:
     return episodes
 
 
-def fit_prompts(tokenizer, config: Config, episodes) -> list[tuple]:
+def fit_prompts(tokenizer, config, episodes) -> list[tuple]:
     """Episodes -> [(ids of the plain prompt x_t, ids of the prompt to use)] of their next step.
 
     A prompt longer than `max_prompt_tokens` loses history, oldest first, and its plain twin too;
@@ -342,7 +339,7 @@ def fit_prompts(tokenizer, config: Config, episodes) -> list[tuple]:
     return fitted
 
 
-def sample_texts(policy: Policy, config: Config, prompts, seed) -> list[str]:
+def sample_texts(policy, config, prompts, seed) -> list[str]:
     """One response for each user message, at temperature 1."""
 
     def write(own):
@@ -359,7 +356,7 @@ def sample_texts(policy: Policy, config: Config, prompts, seed) -> list[str]:
     return [text for _, _, text in parallel.map_scattered(policy.model, prompts, write)]
 
 
-def episode_advantages(episodes, config: Config) -> list[np.ndarray]:
+def episode_advantages(episodes, config) -> list[np.ndarray]:
     """GiGPO advantages; both halves of a task are one group, the anchor is the bare observation."""
     return gigpo_advantages(
         [e.group for e in episodes],
@@ -496,7 +493,7 @@ def micro_batches(rows, max_tokens) -> list[list[Row]]:
 # --------------------------------------------------------------------------------------------------
 
 
-def token_logprobs(model, ids, response_mask, temperature=1.0, entropy=True):
+def token_logprobs(model, ids, response_mask, temperature=1.0, entropy=True) -> tuple:
     """Log-probs of the response tokens, and entropies there -> two [B, L], 0 outside the mask.
 
     logits[:, t] predict ids[:, t + 1], so the log-prob of token t comes from position t - 1. Only
@@ -534,7 +531,7 @@ def token_logprobs(model, ids, response_mask, temperature=1.0, entropy=True):
     return filled.unbind(-1)
 
 
-def objective(batch, logprobs, entropies, rl_tokens, gated_tokens, config: Config, lambda_) -> dict:
+def objective(batch, logprobs, entropies, rl_tokens, gated_tokens, config, lambda_) -> dict:
     """The terms of L = L_GiGPO + beta L_KL - c_H H + lambda L_int (method Eq. 14) -> name:
     (weight, term). Another term is another line.
 
@@ -564,7 +561,7 @@ def objective(batch, logprobs, entropies, rl_tokens, gated_tokens, config: Confi
     return terms
 
 
-def backward(policy: Policy, rows, config: Config, lambda_) -> dict[str, float]:
+def backward(policy, rows, config, lambda_) -> dict[str, float]:
     """Accumulate the gradient of the objective over one mini-batch of rows -> terms of the loss.
 
     Internalization rows of weight 0 count among the gated tokens, but need no forward pass.
@@ -592,13 +589,13 @@ def backward(policy: Policy, rows, config: Config, lambda_) -> dict[str, float]:
     return parallel.all_reduce(logged)
 
 
-def teaches(row: Row, lambda_) -> bool:
+def teaches(row, lambda_) -> bool:
     """Whether a row has a gradient at all."""
     return row.gate is None or lambda_ * row.weight > 0
 
 
 @torch.no_grad()
-def fill_logprobs(policy: Policy, rows, config: Config):
+def fill_logprobs(policy, rows, config):
     """Old and reference log-probs of the RL rows, before the policy moves."""
     for row in rows:
         row.old_logprobs = torch.tensor(row.rollout_logprobs)
@@ -618,14 +615,7 @@ def fill_logprobs(policy: Policy, rows, config: Config):
         policy.reference.to("cpu")
 
 
-def logprob_gap(rows) -> float:
-    """Mean |log-prob of the trainer - of the sampler| over the response tokens of RL rows."""
-    own = [row for row in rows if row.rank == parallel.rank()]
-    gaps = [(row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs() for row in own]
-    return torch.cat(gaps).mean().item() if gaps else 0.0
-
-
-def optimizer_step(policy: Policy, rows, config: Config, lambda_) -> dict[str, float] | None:
+def optimizer_step(policy, rows, config, lambda_) -> dict[str, float] | None:
     """One step on a mini-batch -> the terms of its loss; None where it was not finite: no step."""
     log = backward(policy, rows, config, lambda_)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), GRAD_CLIP)
@@ -638,7 +628,7 @@ def optimizer_step(policy: Policy, rows, config: Config, lambda_) -> dict[str, f
     return log if finite else None
 
 
-def update(policy: Policy, rows, config: Config, seed, *, lambda_=0.0) -> dict[str, float]:
+def update(policy, rows, config, seed, *, lambda_=0.0) -> dict[str, float]:
     """One pass over the rows, an optimizer step per `minibatch_rows` RL rows -> metrics.
 
     Old log-probs are recomputed with the training forward, so ratios start at 1, or taken from the
@@ -664,8 +654,10 @@ def update(policy: Policy, rows, config: Config, seed, *, lambda_=0.0) -> dict[s
     if logs:
         metrics |= {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
         metrics["logprob_gap"] = logs[0]["log_ratio"]  # of the first step: nothing has moved yet
-    if config.recompute_old:
-        metrics["logprob_gap"] = logprob_gap(rl)
+    own = [row for row in rl if row.rank == parallel.rank()]
+    if config.recompute_old and own:
+        gaps = [(row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs() for row in own]
+        metrics["logprob_gap"] = torch.cat(gaps).mean().item()
     metrics["optimizer_steps"] = len(logs)
     metrics["refused_steps"] = len(batches) - len(logs)
     metrics["update_seconds"] = time.time() - start

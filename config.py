@@ -57,7 +57,7 @@ class Config:
 
     preset: str = flag(
         "tiny",
-        "start from tiny[-household,-alfworld], smollm2, {alfworld,webshop}-{7b,1.5b}",
+        "start from tiny, tiny-household, tiny-alfworld, smollm2, {alfworld,webshop}-{7b,1.5b}",
         fixed=True,
         group="the run",
     )
@@ -67,60 +67,44 @@ class Config:
     save_minutes: float = flag(
         30.0, "minutes between saves; 0: every iteration is saved", free=True, at_least=0
     )
-    dry_run: bool = flag(
-        False, "print the memory that the run needs, part by part, and stop", free=True
-    )
+    dry_run: bool = flag(False, "print the memory that the run needs, and stop", free=True)
 
     env: str = flag("alfworld", "alfworld or webshop", fixed=True, group="the world")
     engine: str = flag(
         "fast",
-        "ALFWorld's: fast is plain Python; textworld the stock package, 1,000 times slower; "
-        "textworld-trusted that one for foreign games too, whose code then runs",
+        "ALFWorld's: fast, in plain Python; textworld, the stock package, 1,000 times slower; "
+        "textworld-trusted, that one for foreign games too, whose code then runs",
         fixed=True,
         choices=("fast", "textworld", "textworld-trusted"),
     )
     data: str = flag(
-        "", "data folder; empty: $ALFWORLD_DATA (~/.cache/alfworld) or $WEBSHOP_DATA", fixed=True
+        "", "folder; empty: $ALFWORLD_DATA (~/.cache/alfworld), $WEBSHOP_DATA", fixed=True
     )
     split: str = flag(
-        "train",
-        "split the tasks are drawn from; WebShop: train:human for goals written by people, "
-        "train:verl for the usual split, which shares products",
-        fixed=True,
+        "train", "of the tasks; WebShop's also as train:human, train:verl", fixed=True
     )
     max_steps: int = flag(50, "an episode ends, unsolved, after this many steps", at_least=1)
-    history: int = flag(
-        2, "past (observation, action) pairs that a prompt repeats", fixed=True, at_least=0
-    )
+    history: int = flag(2, "past steps that a prompt repeats", fixed=True, at_least=0)
 
     model: str = flag(
-        "Qwen/Qwen2.5-7B-Instruct",
-        "initial policy: a folder or a hub name",
-        fixed=True,
-        group="the policy",
+        "Qwen/Qwen2.5-7B-Instruct", "folder or hub name", fixed=True, group="the policy"
     )
     dtype: str = flag("bfloat16", "of the weights", fixed=True, choices=("float32", "bfloat16"))
     device: str = flag("", "cuda or cpu; empty: cuda when there is one", free=True)
-    gradient_checkpointing: bool = flag(
-        True, "recompute activations in backward to save memory", free=True
-    )
-    offload: bool = flag(
-        False,
-        "reference and optimizer state in host memory while they are not used (one GPU)",
-        free=True,
-    )
+    gradient_checkpointing: bool = flag(True, "recompute activations, to save memory", free=True)
+    offload: bool = flag(False, "reference and optimizer state in host memory, one GPU", free=True)
 
     tasks: int = flag(16, "tasks (groups) per iteration", at_least=1, group="rollout")
     group_size: int = flag(8, "episodes per task", at_least=1)
-    temperature: float = flag(1.0, "sampling temperature of training rollouts", above=0)
+    temperature: float = flag(1.0, "of the sampling in training rollouts", above=0)
     max_prompt_tokens: int = flag(
-        3072, "longest prompt; history is dropped to fit, then an error", free=True, at_least=1
+        3072, "longest prompt; history is dropped to fit", free=True, at_least=1
     )
     max_response_tokens: int = flag(512, "longest response", at_least=1)
     generation_rows: int = flag(128, "rows decoded together", free=True, at_least=1)
 
     invalid_penalty: float = flag(
-        0.1, "taken off the row of a malformed response", at_least=0, group="credit: GiGPO"
+        0.1, "taken off a malformed row", at_least=0, group="credit: GiGPO"
     )
     gamma: float = flag(0.95, "discount of the step returns", at_least=0, at_most=1)
     step_weight: float = flag(1.0, "w_S, weight of the step advantage; 0 is GRPO", at_least=0)
@@ -132,71 +116,48 @@ class Config:
     )
 
     clip: float = flag(0.2, "PPO clip range of the ratio", above=0, group="objective")
-    kl_coef: float = flag(
-        0.01, "beta of the k3 KL to the initial policy; 0: it is never loaded", at_least=0
-    )
+    kl_coef: float = flag(0.01, "beta of the KL to the initial policy; 0: never loaded", at_least=0)
     entropy_coef: float = flag(0.001, "c_H, weight of the entropy bonus", at_least=0)
     lr: float = flag(1e-6, "AdamW learning rate, constant", at_least=0)
     minibatch_rows: int = flag(256, "rows per optimizer step", at_least=1)
-    micro_tokens: int = flag(
-        16384, "tokens per forward-backward; lower it when memory runs out", free=True, at_least=1
-    )
+    micro_tokens: int = flag(16384, "tokens per forward-backward", free=True, at_least=1)
     recompute_old: bool = flag(
         True, "old log-probs by the training forward; false: the sampler's, the same in float32"
     )
 
     n_req: int = flag(
-        512,
-        "N_req: successful plain episodes to collect before mining starts",
-        free=True,
-        at_least=0,
-        group="phase 0: warmup.py",
+        512, "N_req, successes that end phase 0", free=True, at_least=0, group="phase 0"
     )
-    warmup_iterations: int = flag(
-        40, "phase 0 ends after this many iterations even below n_req", free=True, at_least=1
-    )
+    warmup_iterations: int = flag(40, "of phase 0 at most, even below n_req", free=True, at_least=1)
 
-    mine_iterations: int = flag(
-        40, "iterations of phase 1", free=True, at_least=1, group="phase 1: mine.py"
-    )
-    mine_every: int = flag(5, "I_mine: iterations between two rounds of mining", at_least=1)
-    mine_episodes: int = flag(12, "successful episodes summarized in one round", at_least=0)
+    mine_iterations: int = flag(40, "of phase 1", free=True, at_least=1, group="phase 1")
+    mine_every: int = flag(5, "I_mine, iterations between two rounds of mining", at_least=1)
+    mine_episodes: int = flag(12, "successes summarized in one round", at_least=0)
     mine_obs_chars: int = flag(
-        200, "observations in the request for a skill are cut to this length", at_least=1
+        200, "characters of an observation in the request for a skill", at_least=1
     )
     miner: str = flag(
         "",
-        "who writes the skills; empty: the policy; a model folder or hub name; or an "
-        "OpenAI-compatible endpoint with its model, http://host:8000/v1#model",
+        "who writes the skills: empty, the policy; a model folder or hub name; or an "
+        "OpenAI-compatible endpoint and its model, http://host:8000/v1#model",
         free=True,
     )
     top_k: int = flag(3, "active skills in a prompt, at most", at_least=1)
     ema: float = flag(0.3, "alpha of u <- (1 - alpha) u + alpha Delta_g", at_least=0, at_most=1)
-    n_eval: int = flag(4, "N_eval: evaluations before a skill is promoted or retired", at_least=0)
+    n_eval: int = flag(4, "N_eval, evaluations of a skill before a verdict", at_least=0)
     active_above: float = flag(
-        0.05, "a candidate with a utility above this becomes active", at_least=-1, at_most=1
+        0.05, "utility that makes a candidate active", at_least=-1, at_most=1
     )
 
-    distill_iterations: int = flag(
-        85, "iterations of phase 2", free=True, at_least=1, group="phase 2: distill.py"
-    )
-    lambda_max: float = flag(0.1, "largest weight of the internalization loss", above=0)
-    lambda_iterations: int = flag(
-        10, "K_warm: iterations over which lambda rises linearly to lambda_max", at_least=1
-    )
-    advantage_clip: float = flag(
-        1.0, "c: internalization weights are clipped to [0, c]", at_least=0
-    )
+    distill_iterations: int = flag(85, "of phase 2", free=True, at_least=1, group="phase 2")
+    lambda_max: float = flag(0.1, "largest weight of L_int", above=0)
+    lambda_iterations: int = flag(10, "K_warm, until lambda is lambda_max", at_least=1)
+    advantage_clip: float = flag(1.0, "c, largest weight of a distilled step", at_least=0)
 
-    without: list[str] = flag(
-        [],
-        f"the paper's ablations, joined by commas: {', '.join(ABLATIONS)}",
-        choices=ABLATIONS,
-        group="ablations",
-    )
+    without: list[str] = flag([], "joined by commas", choices=ABLATIONS, group="ablations")
     show: str = flag(
         "skill",
-        "what the prompt of the skill half shows: skill; nothing (self-imitation); neutral words, "
+        "what the skill half's prompt shows: the skill; nothing (self-imitation); neutral words, "
         "as many as the strategy has; other, a skill of another task type",
         choices=("skill", "nothing", "neutral", "other"),
     )

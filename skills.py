@@ -11,6 +11,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -134,10 +135,9 @@ class SkillBank:
             living = [s for s in self.skills if s.status != "retired"]
             others = [[s for s in living if s.bucket != skill.bucket] for skill in skills]
             skills = [max(found, key=self.value) for found in others if found]
-        texts = [(skill.condition, skill.strategy) for skill in skills]
         if show == "neutral":  # as many words, so that length and place alone are left
-            texts = [(condition, neutral_words(strategy)) for condition, strategy in texts]
-        return texts
+            return [(s.condition, neutral_words(len(s.strategy.split()))) for s in skills]
+        return [(s.condition, s.strategy) for s in skills]
 
     def update(self, skill: Skill, delta: float):
         """One evaluation: u_s <- (1 - alpha) u_s + alpha Delta_g (method Eq. 9), and a verdict."""
@@ -191,10 +191,8 @@ class SkillBank:
             raise UserError(f"{path}: not the skills of this version ({error})") from None
 
 
-def neutral_words(strategy) -> str:
-    """As many words as a strategy has, which say nothing."""
-    count = len(strategy.split())
-    return " ".join((NEUTRAL * (1 + count // len(NEUTRAL)))[:count])
+def neutral_words(count) -> str:
+    return " ".join(islice(cycle(NEUTRAL), count))
 
 
 def parse_skill(text: str) -> tuple[str, str] | None:

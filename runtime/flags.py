@@ -11,35 +11,26 @@ from runtime import saves
 
 KEPT = ("tiny-games", "tiny-shop", "webshop-cache", "smollm2-base", "smollm2-taught")  # in runs/
 EDIT = "an edit in docs/fork.md"
+CONSTANT = "a constant in the code"
 OLD = {  # a flag that a run may have been begun with: what it is now
-    "arm_baselines": EDIT,
-    "beta2": "0.95 in bfloat16 and 0.999 in float32",
-    "candidate_alone": EDIT,
-    "compare_gradients": EDIT,
+    **dict.fromkeys("arm_baselines candidate_alone compare_gradients given_skills".split(), EDIT),
+    **dict.fromkeys("hand_off internalize_loss".split(), EDIT),
+    **dict.fromkeys("beta2 dual_clip grad_clip miner_timeout samples".split(), CONSTANT),
+    **dict.fromkeys("skip_zero_rows success_reward weight_decay".split(), CONSTANT),
     "compile": "gone",
-    "dual_clip": "a default of common.clipped_policy_loss",
-    "given_skills": EDIT,
-    "grad_clip": "GRAD_CLIP in common.py",
-    "hand_off": EDIT,
     "human_goals": "--split train:human",
     "internalize_gate": "--without gate",
-    "internalize_loss": EDIT,
     "internalize_tokens": "--without action_mask",
     "internalize_weight": "--without weight",
     "miner_model": "--miner URL#MODEL",
-    "miner_timeout": "TIMEOUT in runtime/miner.py",
     "optimizer_offload": "--offload",
     "placebo": "--show neutral",
     "ref_offload": "--offload",
-    "samples": "SHOWN in runtime/run.py",
     "save_every": "--save_minutes",
     "skill_share": "--without skills",
-    "skip_zero_rows": "always true",
     "split_rule": "--split train:verl",
-    "success_reward": "SUCCESS_REWARD in common.py",
     "trust_games": "--engine textworld-trusted",
     "validate": "--without validation",
-    "weight_decay": "a default of runtime.policy.make_optimizer",
 }
 
 
@@ -56,32 +47,27 @@ def parse_config(phase: str, doc: str, extra=None):
         raise UserError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
     preset = asdict(Config()) | PRESETS[name]
     run = given.get("run", preset["run"])
-    fork = given.get("fork")
+    fork = given.get("fork", "")
     check_name("run", run)
     if fork:
         check_name("fork", fork)
         if phase == "warmup" or run == fork:
             raise UserError(f"--fork {fork}: for mine.py and distill.py, with another --run")
-    saved = {}
-    if phase != "warmup":
-        saved = saved_flags(Path("runs") / run)
-        if not saved and fork:
-            saved = saved_flags(Path("runs") / fork) | {"fork": fork}
-    names = {f.name for f in fields(Config)}
-    config = Config(
-        **preset | saved | {k: v for k, v in given.items() if k in names} | {"run": run}
-    )
+    saved = saved_flags(Path("runs") / run) if phase != "warmup" else {}
+    if fork and not saved:
+        saved = saved_flags(Path("runs") / fork)
+    more = {name: given.pop(name) for name in list(given) if name not in preset}
+    config = Config(**preset | saved | given | {"run": run})
     for f in fields(Config):
-        if f.metadata["fixed"] and saved and saved[f.name] != getattr(config, f.name):
-            raise other_value(f"the run {run}", f.name, saved[f.name], getattr(config, f.name))
+        value = getattr(config, f.name)
+        if f.metadata["fixed"] and saved.get(f.name, value) != value:
+            raise other_value(f"the run {run}", f.name, saved[f.name], value)
     check(config)
     if config.group_size < 2 and "skills" not in config.without:
         raise UserError("--group_size 1: must be at least 2, for two halves, or --without skills")
-    if not extra:
-        return config
-    other = extra(**{k: v for k, v in given.items() if k not in names})
-    check(other)
-    return config, other
+    if extra:
+        check(extra(**more))
+    return (config, extra(**more)) if extra else config
 
 
 def read_command_line(kinds, doc) -> dict:
@@ -110,7 +96,11 @@ def add_flag(group, f, default):
     """Add a field to a group of the parser."""
     shown = ",".join(map(str, default)) if isinstance(default, list) else default
     text = f.metadata["help"] + (f" ({shown})" if shown != "" else "")
-    options = {"help": text.replace("%", "%%"), "metavar": "", "type": f.type}
+    if f.type is not str and f.metadata["choices"]:
+        text = f"{', '.join(map(str, f.metadata['choices']))}; {text}"
+    words = {int: "N", float: "X", bool: "false", str: "TEXT"}
+    options = {"help": text.replace("%", "%%"), "type": f.type}
+    options["metavar"] = words.get(f.type, "A,B")
     if f.type is bool:
         options |= {"type": true_or_false, "nargs": "?", "const": True}
     elif isinstance(default, list):
