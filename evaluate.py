@@ -8,10 +8,6 @@
 Prints success by task type and overall with counts and Wilson 95% intervals; writes
 runs/<run>/eval-....json, with a digest of the items' names: equal digests, equal panels. An
 interrupted evaluation goes on with the same command.
-
-The usual protocol of the field draws 128 validation episodes with repetition, so about 84 of the
-140 games, and its standard error at 90% is 2.7 points; here every game counts once. Sampling is at
-temperature 0.4, as in the GiGPO paper.
 """
 
 import hashlib
@@ -25,7 +21,7 @@ import numpy as np
 
 import envs
 from common import open_groups, rollout
-from config import PHASES, Config, UserError, flag, write_atomically
+from config import PHASES, UserError, flag, write_atomically
 from runtime import parallel, saves
 from runtime.flags import parse_config
 from runtime.policy import Policy, load_policy
@@ -38,35 +34,18 @@ WAVE = 64  # items played together, after which the results are on the disk
 @dataclass
 class Evaluation:
     checkpoint: str = flag(
-        "distill",
-        "init, warmup, mine or distill of the run, or a model folder or hub name",
-        group="evaluation",
+        "distill", "init, warmup, mine or distill of the run, or a model", group="evaluation"
     )
     eval_split: str = flag("", "empty: valid_seen (ALFWorld) or test (WebShop)")
     eval_temperature: float = flag(0.4, "of the sampling; 0 is greedy", at_least=0, below=100)
     eval_seed: int = flag(0, "of the sampling", at_least=0, below=2**32)
     skills: bool = flag(False, "retrieve the run's active skills into the prompt")
-    eval_items: int = flag(
-        0, "only so many items, spread evenly over the split; 0: all", at_least=0
-    )
-    out: str = flag(
-        "", "the JSON; empty: runs/<run>/eval-<split>-<checkpoint>[-skills]-T<temp>-s<seed>.json"
-    )
+    eval_items: int = flag(0, "so many items, spread over the split; 0: all", at_least=0)
+    out: str = flag("", "the JSON; empty: runs/<run>/eval-<split>-<checkpoint>-....json")
 
 
-@dataclass
-class Outcome:
-    """How one item went."""
-
-    item: str
-    task_type: str
-    success: bool
-    score: float
-    steps: int
-
-
-def evaluate(policy, config, items, temperature, seed, bank=None, done=None) -> list[Outcome]:
-    """One episode for each item, wave by wave.
+def evaluate(policy, config, items, temperature, seed, bank=None, done=None) -> list[dict]:
+    """One episode for each item, wave by wave -> {item, task_type, success, score, steps} of each.
 
     done   a file: the waves that an interrupted evaluation left in it are not played again
 
@@ -75,25 +54,24 @@ def evaluate(policy, config, items, temperature, seed, bank=None, done=None) -> 
     outcomes = read_outcomes(done, items)
     for start in range(len(outcomes), len(items), WAVE):
         groups = open_groups(items[start : start + WAVE], config, members=1)
-        for (episode,) in groups:
-            if bank:
-                episode.skills = bank.retrieve(episode.task, episode.task_type, ("active",))
-                episode.shown = bank.shown(episode.skills)
+        for (episode,) in groups if bank else ():
+            episode.skills = bank.retrieve(episode.task, episode.task_type, ("active",))
+            episode.shown = bank.shown(episode.skills)
         desc = f"evaluate {start + len(groups)}/{len(items)}"
         episodes = rollout(policy, config, groups, seed + start, temperature=temperature, desc=desc)
         if len(episodes) < len(groups):
             raise UserError("some items cannot be played, see above; fix or remove them")
-        played = [
-            Outcome(e.item, e.task_type, bool(e.success), float(e.score), len(e.steps))
-            for e in episodes
-        ]
+        played = []
+        for e in episodes:
+            outcome = {"item": e.item, "task_type": e.task_type, "success": bool(e.success)}
+            played.append(outcome | {"score": float(e.score), "steps": len(e.steps)})
         outcomes += played
         if done and parallel.rank() == 0:
-            append(done, map(asdict, played))
+            append(done, played)
     return outcomes
 
 
-def read_outcomes(path, items) -> list[Outcome]:
+def read_outcomes(path, items) -> list[dict]:
     """The whole waves that an interrupted evaluation of these items left; the file then has no more
     than these. None of it where it is not what this evaluation would have written.
     """
@@ -101,13 +79,13 @@ def read_outcomes(path, items) -> list[Outcome]:
     if path and path.exists() and parallel.rank() == 0:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may leave half a line
         try:
-            outcomes = [Outcome(**json.loads(line)) for line in lines[: len(lines) // WAVE * WAVE]]
-        except (ValueError, TypeError):
-            outcomes = []
-        if [outcome.item for outcome in outcomes] != items[: len(outcomes)]:
+            outcomes = [json.loads(line) for line in lines[: len(lines) // WAVE * WAVE]]
+            if [outcome["item"] for outcome in outcomes] != items[: len(outcomes)]:
+                outcomes = []
+        except (ValueError, TypeError, KeyError):
             outcomes = []
         write_atomically(path, "")
-        append(path, map(asdict, outcomes))
+        append(path, outcomes)
     return parallel.all_gather(outcomes)
 
 
@@ -127,10 +105,10 @@ def summarize(outcomes) -> dict[str, dict]:
     """Task type, and "all" -> {n, solved, success, low, high, score, steps}."""
     by_type = defaultdict(list)
     for outcome in outcomes:
-        by_type[outcome.task_type].append(outcome)
+        by_type[outcome["task_type"]].append(outcome)
     result = {}
     for name, chosen in (dict(sorted(by_type.items())) | {"all": outcomes}).items():
-        solved = sum(e.success for e in chosen)
+        solved = sum(e["success"] for e in chosen)
         low, high = wilson(solved, len(chosen))
         result[name] = {
             "n": len(chosen),
@@ -138,8 +116,8 @@ def summarize(outcomes) -> dict[str, dict]:
             "success": solved / len(chosen),
             "low": low,
             "high": high,
-            "score": float(np.mean([e.score for e in chosen])),
-            "steps": float(np.mean([e.steps for e in chosen])),
+            "score": float(np.mean([e["score"] for e in chosen])),
+            "steps": float(np.mean([e["steps"] for e in chosen])),
         }
     return result
 
@@ -157,7 +135,7 @@ def table(results) -> str:
     return "\n".join(lines)
 
 
-def find_checkpoint(config: Config, name: str):
+def find_checkpoint(config, name) -> str | Path:
     """A phase of the run, "init" or a model -> the path of its model."""
     if name not in PHASES:
         return config.model if name == "init" else name
@@ -168,14 +146,7 @@ def find_checkpoint(config: Config, name: str):
     return folder / "model"
 
 
-def load_skills(config: Config, checkpoint: str) -> SkillBank:
-    """The skills of the run: those of phase 2 for its own checkpoint, else those of phase 1."""
-    phase = "distill" if checkpoint == "distill" else "mine"
-    root = Path("runs") / config.run
-    return SkillBank.load(saves.find(root, phase) or root / phase, config)
-
-
-def choose_items(config: Config, split: str, count: int) -> list[str]:
+def choose_items(config, split, count) -> list[str]:
     """The items of the split, or `count` of them. UserError if one of them was trained on."""
     items = list_items(config, split)
     identity = envs.world(config.env).identity
@@ -192,13 +163,13 @@ def choose_items(config: Config, split: str, count: int) -> list[str]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def digest(items, config: Config) -> str:
+def digest(items, config) -> str:
     """Twelve hex digits of the items' names, blind to their order and to the data folder."""
     names = sorted(envs.world(config.env).item_name(item) for item in items)
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
 
-def identity_of(config: Config, choice: Evaluation, items, path, bank) -> str:
+def identity_of(config, choice, items, path, bank) -> str:
     """Twelve hex digits of this very evaluation: same model, items, settings and skills."""
     manifest = Path(path).parent / saves.MANIFEST  # of a save, whose files were hashed just now
     if manifest.exists():
@@ -218,11 +189,16 @@ def main():
     split = choice.eval_split or ":".join([envs.world(config.env).EVAL_SPLIT, *rules])
     items = choose_items(config, split, choice.eval_items)
     path = find_checkpoint(config, choice.checkpoint)
-    bank = load_skills(config, choice.checkpoint) if choice.skills else None
+    bank = None
+    if choice.skills:  # those of phase 2 for its own checkpoint, else those of phase 1
+        phase = "distill" if choice.checkpoint == "distill" else "mine"
+        root = Path("runs") / config.run
+        bank = SkillBank.load(saves.find(root, phase) or root / phase, config)
     policy = Policy(*load_policy(path, config, device, trainable=False))
 
     label = choice.checkpoint.strip("/").replace("/", "-") + ("-skills" if bank else "")
-    name = f"eval-{split}-{label}-T{choice.eval_temperature:g}-s{choice.eval_seed}"
+    name = f"eval-{split.replace(':', '-')}-{label}"
+    name += f"-T{choice.eval_temperature:g}-s{choice.eval_seed}"
     name += f"-n{len(items)}" if choice.eval_items else ""
     out = Path(choice.out or Path("runs") / config.run / f"{name}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +222,7 @@ def main():
         "iteration": load_state(folder)["iteration"] if is_save else None,
         "temperature": temperature,
         "results": results,
-        "items": {outcome.item: outcome.success for outcome in outcomes},
+        "items": {outcome["item"]: outcome["success"] for outcome in outcomes},
     }
     if parallel.rank() == 0:
         write_atomically(out, json.dumps(record, indent=1))

@@ -66,7 +66,7 @@ def test_every_logged_name_is_in_the_glossary():
 
 def test_the_table_of_the_readme_is_the_demo_that_was_run():
     shown = ("before training", "after mining", report.SIRI, report.CONTROL)
-    rows = [row for row in read_json(ROOT / "results/demo.json")["rows"] if row["name"] in shown]
+    rows = [row for row in read_json(ROOT / "results/demo.json") if row["name"] in shown]
     readme = (ROOT / "README.md").read_text()
     block = readme.split("<!-- demo:begin -->\n")[1].split("\n<!-- demo:end -->")[0]
     assert block == report.markdown_table(rows)

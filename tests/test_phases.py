@@ -587,7 +587,10 @@ def test_wilson_interval():
 
 def test_the_table_counts_each_episode_in_its_type_and_in_all():
     table = evaluate.summarize(
-        [evaluate.Outcome(str(n), "ab"[n % 2], n % 4 == 0, 0.5, 4) for n in range(8)]
+        [
+            {"task_type": "ab"[n % 2], "success": n % 4 == 0, "score": 0.5, "steps": 4}
+            for n in range(8)
+        ]
     )
     assert {name: (r["solved"], r["n"]) for name, r in table.items()} == {
         "a": (2, 4),

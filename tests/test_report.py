@@ -104,25 +104,15 @@ def test_both_halves_of_a_game_stand_side_by_side_those_that_differ_first(runs):
     assert "No game" in report.pairs(runs / "r", 2)
 
 
-def test_run_and_control_are_compared_on_one_panel_at_equal_episodes(runs, capsys):
+def test_run_and_control_stand_in_one_table_with_their_episodes(runs, capsys):
     mined = runs / "c" / EVALUATION.replace("distill", "mine")
-    mined.write_text((runs / "c" / EVALUATION).read_text())
+    mined.write_text((runs / "c" / EVALUATION).read_text())  # of the control only the end is shown
     report.main()
     said = capsys.readouterr().out
     assert "| SIRI, after distillation | 32 | 7 of 10 | 0.700 (0.100 to 0.950) |" in said
     assert "| control: GiGPO alone | 32 | 2 of 10 | 0.200 (" in said
-    assert "SIRI - GiGPO at equal episodes: +0.500. One seed, so no interval." in said
     table = json.loads((runs / "r" / "table.json").read_text())
-    assert [row["episodes"] for row in table["rows"]] == [32, 32] and table["conclusion"] in said
-    record = json.loads((runs / "c" / EVALUATION).read_text())
-    for change in ({"digest": "another"}, {"temperature": 1.0}, {"skills": True}):
-        (runs / "c" / EVALUATION).write_text(json.dumps(record | change))
-        assert report.conclusion(report.evaluations("r", "c")) == ""
-    (runs / "c" / EVALUATION).write_text(json.dumps(record))
-    lines = (runs / "c" / "metrics.jsonl").read_text().splitlines()
-    (runs / "c" / "metrics.jsonl").write_text("\n".join(lines).replace("32", "64"))
-    assert report.conclusion(report.evaluations("r", "c")) == ""  # more episodes than the run
-    assert "`python evaluate.py`" in report.conclusion([])
+    assert [row["episodes"] for row in table] == [32, 32]
     (runs / "r" / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="run warmup.py"):
         report.main()

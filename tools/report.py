@@ -15,6 +15,7 @@ The page needs no network and runs no script; every text of a model or a world i
 import argparse
 import base64
 import json
+from collections import defaultdict
 from html import escape
 from pathlib import Path
 
@@ -75,16 +76,6 @@ def cells_of(row) -> list[str]:
 
 def markdown_table(rows) -> str:
     return piped([HEAD, ["---"] * len(HEAD), *map(cells_of, rows)])
-
-
-def conclusion(rows) -> str:
-    """The run's end against its control's: plain prompt, same panel, as many episodes."""
-    for siri in (row for row in rows if row["name"] == SIRI):
-        for control in (row for row in rows if row["name"] == CONTROL):
-            if all(siri[key] == control[key] for key in ("panel", "episodes")):
-                gain = siri["success"] - control["success"]
-                return f"SIRI - GiGPO at equal episodes: {gain:+.3f}. One seed, so no interval."
-    return "" if rows else "No evaluation yet: `python evaluate.py` makes one."
 
 
 # --------------------------------------------------------------------------------------------------
@@ -274,31 +265,28 @@ def episode(record) -> str:
     return "".join([*parts, "</div>"])
 
 
-def pairs(root, most) -> str:
+def pairs(root, most=6) -> str:
     """Up to `most` games, spread over the run, of which both halves were written out; those alone
     in which the halves came out differently, if there are any.
     """
-    found = {}
+    found = defaultdict(dict)
     path = root / "episodes.jsonl"
     for record in read_jsonl(path) if path.exists() else ():
-        key = (record["phase"], record["iteration"], record.get("group"))
-        found.setdefault(key, {})[bool(record["skills"])] = record
-    both = [(key, halves) for key, halves in found.items() if len(halves) == 2]
-    telling = [x for x in both if x[1][True]["success"] != x[1][False]["success"]]
-    games = telling or both
-    most = min(most, len(games))
-    chosen = [games[i * len(games) // most] for i in range(most)]
+        key = (record["phase"], record["iteration"], record["group"])
+        found[key][bool(record["skills"])] = record
+    games = [(*key[:2], x[True], x[False]) for key, x in found.items() if len(x) == 2]
+    games = [game for game in games if game[2]["success"] != game[3]["success"]] or games
     parts = []
-    for (phase, iteration, _), halves in chosen:
-        delta = halves[True].get("delta")
-        effect = "" if delta is None else f", Δ_g = {delta:+.2f}"
+    for i in range(min(most, len(games))):
+        phase, iteration, skill, plain = games[i * len(games) // min(most, len(games))]
+        effect = "" if skill["delta"] is None else f", Δ_g = {skill['delta']:+.2f}"
         parts.append(f"<h3>{escape(phase)} {iteration}{effect}</h3>")
-        parts.append(f"<p>{escape(halves[True]['task'])}</p>")
-        parts.append(f'<div class="pair">{episode(halves[True])}{episode(halves[False])}</div>')
+        parts.append(f"<p>{escape(skill['task'])}</p>")
+        parts.append(f'<div class="pair">{episode(skill)}{episode(plain)}</div>')
     return "\n".join(parts) or "<p>No game of which both halves were written out.</p>"
 
 
-def run_page(name, rows, most) -> str:
+def run_page(name, rows) -> str:
     """The page of a run that has been drawn."""
     root = Path("runs") / name
     image = base64.b64encode((root / "plot.png").read_bytes()).decode()
@@ -306,10 +294,10 @@ def run_page(name, rows, most) -> str:
     flags = json.dumps(saved_flags(root), indent=1)
     title = escape(f"SIRI run {name}")
     sections = {
-        "Evaluations": f"{table}<p>{escape(conclusion(rows))}</p>",
+        "Evaluations": table,
         "Curves": f'<img alt="curves" src="data:image/png;base64,{image}">',
         "Skills and their lives": skill_lives(root),
-        "The same game with the skill and without": pairs(root, most),
+        "The same game with the skill and without": pairs(root),
         "Flags": f"<pre>{escape(flags)}</pre>",
     }
     body = "\n".join(f"<h2>{head}</h2>\n{html}" for head, html in sections.items())
@@ -323,16 +311,13 @@ def main():
     )
     parser.add_argument("--run", default="tiny", help="name of a run")
     parser.add_argument("--control", default="", help="name of its control, a run too")
-    parser.add_argument("--pairs", type=int, default=6, help="games shown side by side")
     args = parser.parse_args()
     root = Path("runs") / args.run
     rows = evaluations(args.run, args.control)
     save(draw(args.run, args.control), root / "plot.png")
-    write_atomically(root / "report.html", run_page(args.run, rows, args.pairs))
-    record = {"rows": rows, "conclusion": conclusion(rows)}
-    write_atomically(root / "table.json", json.dumps(record, indent=1))
-    print(f"{markdown_table(rows)}\n\n{conclusion(rows)}")
-    print(f"written to {root}/report.html and plot.png")
+    write_atomically(root / "report.html", run_page(args.run, rows))
+    write_atomically(root / "table.json", json.dumps(rows, indent=1))
+    print(f"{markdown_table(rows)}\n\nwritten to {root}/report.html and plot.png")
 
 
 if __name__ == "__main__":
