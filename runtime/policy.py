@@ -21,25 +21,11 @@ from runtime.generation import FAMILIES
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
+SHAPE = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+SHAPE = (*SHAPE.split(), "vocab_size", "tie_word_embeddings")
 SHAPES = {  # Qwen2.5 with random weights, to measure without a download
-    "qwen2.5-7b-shape": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
-    "qwen2.5-1.5b-shape": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
+    "qwen2.5-7b-shape": dict(zip(SHAPE, (3584, 18944, 28, 28, 4, 152064, False), strict=True)),
+    "qwen2.5-1.5b-shape": dict(zip(SHAPE, (1536, 8960, 28, 12, 2, 151936, True), strict=True)),
 }
 SHIPPED = {  # folders of this project
     "tiny": "tiny/policy_shop",
