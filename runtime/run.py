@@ -148,7 +148,7 @@ class Run:
         self.saved_at = time.time()
         self.save_seconds = None
         self.boundary = None  # what a save of the last iteration's end holds
-        self.steps = 0  # policy.steps there: while it is equal, the weights are those of then
+        self.steps = 0  # policy.steps there: while it is equal, no weight has moved
         self.is_saved = True
         self.saving = False
         self.terminated = False  # SIGTERM came

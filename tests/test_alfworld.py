@@ -127,7 +127,7 @@ def test_code_in_a_grammar_runs_only_where_the_game_is_trusted(games, tmp_path):
     assert not ran.exists()
     envs.make_env("alfworld", item, "textworld-trusted").reset()
     assert ran.exists()  # so the code above was code
-    with pytest.raises(UserError, match="--trust_games true, but that runs the code"):
+    with pytest.raises(UserError, match="--engine textworld-trusted, but that runs the code"):
         envs.make_env("alfworld", item, "textworld")
 
 
