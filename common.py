@@ -14,6 +14,7 @@ padding, so the logits of the real tokens are exact and the fast attention path 
 import random
 import time
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -202,6 +203,15 @@ class Episode:
     game: object = None  # while it is played
     obs: Observation | None = None  # what the policy sees next
 
+    @contextmanager
+    def keeping_failure(self):
+        """A world can fail in any way, and must not end the run: the episode ends, with why."""
+        try:
+            yield
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}".split("\n")[0]
+            self.done = True
+
 
 def open_groups(items, config, members=None) -> list[list[Episode]]:
     """Items -> groups of `members` (config.group_size) episodes, ready to be played.
@@ -213,7 +223,7 @@ def open_groups(items, config, members=None) -> list[list[Episode]]:
     for number, item in enumerate(items):
         group = [Episode(item, f"{number}:{item}") for _ in range(members or config.group_size)]
         for episode in group:
-            with guard.keeping_failure(episode):
+            with episode.keeping_failure():
                 episode.game = envs.make_env(config.env, item, config.engine)
                 episode.obs = episode.game.reset()
                 episode.task = episode.obs.task
@@ -291,7 +301,7 @@ def play(policy, config, episodes, temperature, seed, desc) -> list[Episode]:
                     action=action,
                     valid=valid,
                 )
-                with guard.keeping_failure(episode):
+                with episode.keeping_failure():
                     episode.obs, reward, episode.done, info = episode.game.step(action)
                     step.reward = reward * SUCCESS_REWARD
                     episode.success = info["success"]

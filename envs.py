@@ -4,8 +4,7 @@
     obs = env.reset()                                   # Observation(text, task, task_type, ...)
     obs, reward, done, info = env.step("go to desk 1")  # 1.0 and done at the goal
 
-Each world is a file of `worlds/` with the same few names, and a line of the table below; nothing
-else in the project knows how many there are. No torch here.
+Each world is a file of `worlds/` with the same few names, and a line of the table below. No torch.
 """
 
 import importlib
@@ -37,11 +36,7 @@ def world(name: str):
 def make_env(name: str, item, engine: str = "fast"):
     """Open one item, which always starts the same -> a game with `reset()` and `step(action)`.
 
-    name      item
-    alfworld  the path of a `game.tw-pddl`; engine "textworld" plays it through the stock package,
-              "textworld-trusted" also with a foreign grammar, whose code then runs
-    webshop   "<data folder>/<asin>/<number>" as `list_items` gives it, or a goal as a dict in the
-              original's format, for the catalogue under $WEBSHOP_DATA
+    item   as `list_items` gives it; of WebShop also a goal as a dict in the original's format
 
     UserError for an item that is damaged or missing: what is opened can be played to its end.
     """
@@ -60,8 +55,7 @@ def list_items(name: str, split: str, data=None) -> list[str]:
     """Every item of a split, in a fixed order: what `make_env` opens.
 
     split   of the world: "train", "valid_seen", ...; of WebShop also "train:human", "train:verl"
-    data    the folder that holds json_2.1.1, or WebShop's three JSON files; an embedded one is made
-            where it is missing
+    data    the folder of the original's files; an embedded one is made where it is missing
     """
     root = data_root(name, data)
     if str(root) in EMBEDDED:

@@ -5,7 +5,6 @@ raises an error is left out whole. Where it does not stop, the run does, with it
 """
 
 import math
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,16 +39,6 @@ def is_finite(policy, rows, log, config) -> bool:
             "fork it"
         )
     return False
-
-
-@contextmanager
-def keeping_failure(episode):
-    """A world can fail in any way, and must not end the run: the episode ends, and says why."""
-    try:
-        yield
-    except Exception as error:
-        episode.failure = f"{type(error).__name__}: {error}".split("\n")[0]
-        episode.done = True
 
 
 def without_failures(episodes) -> list:
