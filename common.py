@@ -352,15 +352,12 @@ def fit_prompts(tokenizer, config, episodes) -> list[tuple]:
 def sample_texts(policy, config, prompts, seed) -> list[str]:
     """One response for each user message, at temperature 1."""
 
+    limits = {"max_new_tokens": config.max_response_tokens, "rows": config.generation_rows}
+
     def write(own):
+        own_seed = parallel.own_seed(seed)
         return generate(
-            policy.model,
-            policy.tokenizer,
-            own,
-            max_new_tokens=config.max_response_tokens,
-            temperature=1.0,
-            rows=config.generation_rows,
-            seed=parallel.own_seed(seed),
+            policy.model, policy.tokenizer, own, temperature=1.0, seed=own_seed, **limits
         )
 
     return [text for _, _, text in parallel.map_scattered(policy.model, prompts, write)]
@@ -668,8 +665,7 @@ def update(policy, rows, config, seed, *, lambda_=0.0) -> dict[str, float]:
     if config.recompute_old and own:
         gaps = [(row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs() for row in own]
         metrics["logprob_gap"] = torch.cat(gaps).mean().item()
-    metrics["optimizer_steps"] = len(logs)
-    metrics["refused_steps"] = len(batches) - len(logs)
+    metrics |= {"optimizer_steps": len(logs), "refused_steps": len(batches) - len(logs)}
     metrics["update_seconds"] = time.time() - start
     metrics["update_tokens_per_s"] = sum(map(len, rows)) / metrics["update_seconds"]
     return metrics

@@ -162,8 +162,11 @@ class Run:
         fork = self.config.fork
         if fork and not list(root.glob(f"{after}*")):
             root = Path("runs") / fork
-            if not (self.root / "metrics.jsonl").exists() and parallel.rank() == 0:
-                self.copy_log(root, until=self.phase)
+            theirs, ours = root / "metrics.jsonl", self.root / "metrics.jsonl"
+            if theirs.exists() and not ours.exists() and parallel.rank() == 0:
+                earlier = PHASES[: PHASES.index(self.phase)]
+                lines = [json.dumps(x) for x in read_jsonl(theirs) if x["phase"] in earlier]
+                write_atomically(ours, "".join(line + "\n" for line in lines))
         folder = find_save(root, after)
         command = f"`python {after}.py --run {root.name}`"
         if folder is None:
@@ -171,15 +174,6 @@ class Run:
         if not load_state(folder)["finished"]:
             raise UserError(f"{folder} is not finished: {command} goes on with it")
         return folder
-
-    def copy_log(self, root, until):
-        """Take over what the phases before `until` of another run have logged."""
-        path = root / "metrics.jsonl"
-        if path.exists():
-            earlier = PHASES[: PHASES.index(until)]
-            lines = [record for record in read_jsonl(path) if record["phase"] in earlier]
-            text = "".join(json.dumps(record) + "\n" for record in lines)
-            write_atomically(self.root / "metrics.jsonl", text)
 
     def check_flags(self):
         """UserError where this phase was begun with another value of a flag that is not free."""
@@ -222,9 +216,7 @@ class Run:
 
     def end_iteration(self, iteration, finished, bank=None, **state):
         """Save at the end of the phase, every --save_minutes, and when SIGTERM came."""
-        state = {
-            name: list(value) for name, value in state.items()
-        }  # the phase goes on with its own
+        state = {name: list(value) for name, value in state.items()}  # copies: the phase goes on
         state |= {"iteration": iteration, "finished": finished}
         self.boundary = {"state": state, "skills": bank.dump() if bank else None}
         self.is_saved = False
