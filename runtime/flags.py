@@ -10,14 +10,7 @@ from config import PHASES, PRESETS, Config, UserError, check, read_json
 from runtime import saves
 
 KEPT = ("tiny-games", "tiny-shop", "webshop-cache", "smollm2-base", "smollm2-taught")  # in runs/
-EDIT = "an edit in docs/fork.md"
-CONSTANT = "a constant in the code"
-OLD = {  # a flag that a run may have been begun with: what it is now
-    **dict.fromkeys("arm_baselines candidate_alone compare_gradients given_skills".split(), EDIT),
-    **dict.fromkeys("hand_off internalize_loss".split(), EDIT),
-    **dict.fromkeys("beta2 dual_clip grad_clip miner_timeout samples".split(), CONSTANT),
-    **dict.fromkeys("skip_zero_rows success_reward weight_decay".split(), CONSTANT),
-    "compile": "gone",
+OLD = {  # what a run may have been begun with: what it is now
     "human_goals": "--split train:human",
     "internalize_gate": "--without gate",
     "internalize_tokens": "--without action_mask",
@@ -31,7 +24,10 @@ OLD = {  # a flag that a run may have been begun with: what it is now
     "split_rule": "--split train:verl",
     "trust_games": "--engine textworld-trusted",
     "validate": "--without validation",
-}
+} | dict.fromkeys(
+    ("arm_baselines", "candidate_alone", "compare_gradients", "given_skills", "hand_off"),
+    "an edit in docs/fork.md",
+)
 
 
 def parse_config(phase: str, doc: str, extra=None):

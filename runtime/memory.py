@@ -7,16 +7,14 @@ Bytes are counted from the model's shape alone, without weights, and without a n
 
 | part        | bytes                                                                              |
 |-------------|------------------------------------------------------------------------------------|
-| weights     | P parameters, 2 (bfloat16) or 4 bytes                                              |
-| gradients   | as the weights                                                                     |
-| optimizer   | two moments, and in bfloat16 the Kahan buffer, each as the weights                 |
-| reference   | as the weights; none with --kl_coef 0                                              |
+| weights     | 2 (bfloat16) or 4 a parameter; gradients as many; the reference too, if there is a |
+|             | KL; the optimizer twice as many, in bfloat16 with its Kahan buffer three times     |
 | KV cache    | generation_rows x (prompt + response) x layers x 2 x KV heads x head size          |
 | prefill     | a chunk of prompts read at once: one layer's intermediates, the last logits        |
 | decode      | float32 scores of the rows decoded together, in sampling                           |
 | checkpoints | the input of every layer, for micro_tokens tokens                                  |
 | saved       | what a layer keeps for its backward pass; of all layers without checkpointing      |
-| layer       | what a layer's own backward pass needs besides                                     |
+| layer       | what a layer's own backward pass needs in addition                                 |
 | logits      | rows of the vocabulary held at once: 20 bytes a logit with their gradients         |
 | disk        | a save: weights and optimizer; each phase keeps two, three while one is written    |
 
@@ -160,9 +158,8 @@ def table(config) -> str:
     """The parts, their peak, the cards it fits, and what to change for a smaller one."""
     p = parts(config)
     ranks = os.environ.get("WORLD_SIZE", "1")
-    where = "" if ranks == "1" else f", on each of {ranks} GPUs"
     lines = [f"{config.model}: {count_parameters(config.model)[0]:,} parameters in {config.dtype}"]
-    lines[0] += where
+    lines[0] += "" if ranks == "1" else f", on each of {ranks} GPUs"
     lines += [f"  {name:<16}{value / GB:>9.2f} GB" for name, value in p.items() if value]
     for name, value in situations(p, config.offload).items():
         lines.append(f"  {name:<16}{value / GB:>9.2f} GB on the card")
@@ -171,7 +168,6 @@ def table(config) -> str:
     if config.offload:
         host = p["optimizer"] + p["reference"]
         lines.append(f"  {'host memory':<16}{host / GB:>9.2f} GB")
-    if config.offload:
         seconds = 2 * p["optimizer"] / HOST_LINK
         lines.append(f"  {'offload':<16}{seconds:>9.2f} s an optimizer step at 20 GB/s")
     for name, mib in CARDS.items():
@@ -191,9 +187,7 @@ def advice(config, room: float) -> str:
         del changes["--offload"]
     for count in range(1, len(changes) + 1):
         for chosen in itertools.combinations(changes, count):
-            flags = {}
-            for name in chosen:
-                flags |= changes[name]
+            flags = {name: value for x in chosen for name, value in changes[x].items()}
             if peak(replace(config, **flags)) < room:
                 return "with " + ", ".join(chosen)
     return "too small: more GPUs (torchrun), or a smaller --model"
