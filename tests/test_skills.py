@@ -9,8 +9,7 @@ import envs
 from common import Episode, Step, open_groups, put_skills
 from config import Config, UserError
 from skills import Skill, SkillBank, group_deltas, parse_skill, plain_successes
-
-# HOSTILE
+from tests.faults import hostile
 from worlds import alfworld
 
 

@@ -10,17 +10,17 @@ from conftest import ROOT
 from test_phases import call
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import common
 import distill
-import envs
 import evaluate
 import mine
 import warmup
-from config import BUILT, Config, UserError, read_jsonl
-from runtime.batches import Row
+from common import Row, fill_logprobs, find_action_tokens
+from config import Config, UserError, read_jsonl
+from envs import parse_action
 from runtime.generation import encode_prompts, generate
-from runtime.policy import load_policy
-from tiny import imitate, shop, smollm2
+from runtime.policy import BUILT, Policy, load_policy
+from tiny import imitate, smollm2
+from tiny.lessons_shop import lessons
 
 BASE = ROOT / BUILT["smollm2"]
 needs_smollm2 = pytest.mark.skipif(not BASE.exists(), reason="no SmolLM2 here: run `make smollm2`")
@@ -68,14 +68,14 @@ def test_numbers_are_read_digit_by_digit():
 def test_greedy_tokens_equal_those_of_transformers_and_log_probs_those_of_the_update():
     config = Config(dtype="float32", gradient_checkpointing=False)
     model, tokenizer = load_policy(BASE, config, "cpu")
-    prompts = encode_prompts(tokenizer, [prompt[-600:] for prompt, _ in shop.lessons(32, seed=0)])
+    prompts = encode_prompts(tokenizer, [prompt[-600:] for prompt, _ in lessons(32, seed=0)])
     ours = generate(model, tokenizer, prompts, max_new_tokens=12, temperature=0, seed=0)
     for prompt, (ids, _, _) in zip(prompts, ours, strict=True):
         theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)
         assert ids == theirs[0, len(prompt) :].tolist()
     sampled = generate(model, tokenizer, prompts[:8], max_new_tokens=12, temperature=1.0, seed=0)
     rows = [Row(p, ids, 1.0, values) for p, (ids, values, _) in zip(prompts, sampled, strict=True)]
-    common.score_rows(model, rows, "old_logprobs", config, tokenizer.pad_token_id)
+    fill_logprobs(Policy(model, tokenizer), rows, config)
     for row in rows:
         assert (row.old_logprobs - torch.tensor(row.rollout_logprobs)).abs().max() < 1e-4
 
@@ -114,8 +114,7 @@ def test_lessons_three_phases_and_evaluation_of_a_model_with_the_real_tokenizer(
     taught = imitate.Lessons(out="taught", model=str(two_layers), count=16, held_out=8)
     assert imitate.train_policy(taught)["steps"] > 0
     flags = """--preset smollm2 --model taught --tasks 1 --group_size 4 --max_steps 2 --n_req 999
-    --max_response_tokens 8 --warmup_iterations 1 --mine_iterations 1 --distill_iterations 1
-    --skip_zero_rows false"""
+    --max_response_tokens 8 --warmup_iterations 1 --mine_iterations 1 --distill_iterations 1"""
     for script in (warmup, mine, distill):
         call(script, flags)
     call(evaluate, f"{flags} --eval_items 3")
@@ -176,7 +175,7 @@ def test_the_action_mask_of_a_real_response_covers_the_action_and_nothing_before
     """Its vocabulary merges `><` and `</` across the borders of tags."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(BASE)
     ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
-    mask = common.find_action_tokens(tokenizer, ids)
+    mask = find_action_tokens(tokenizer, ids)
     marked = [i for i, chosen in zip(ids, mask, strict=True) if chosen]
     assert tokenizer.decode(marked) == distilled
     assert not mask[-1]  # EOS
@@ -184,7 +183,7 @@ def test_the_action_mask_of_a_real_response_covers_the_action_and_nothing_before
 
 @pytest.mark.parametrize("text, distilled", SAMPLES)
 def test_a_real_response_is_well_formed_where_it_has_a_thought_and_an_action(text, distilled):
-    action, valid = envs.parse_action(text)
+    action, valid = parse_action(text)
     assert valid == bool(distilled)
     if valid:
         assert f"{action}</action>" == distilled.strip(" >").lower() + ">"
