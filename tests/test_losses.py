@@ -83,35 +83,41 @@ def test_internalization_is_the_mean_of_eq_12_over_the_gated_tokens():
     assert internalization_loss(logprobs, torch.tensor([1.0, 1.0]), closed) == 0
 
 
-OPEN = {"advantage": 0.5, "delta": 0.25, "uses_skill": True, "response": "<action>go</action>"}
-
-
-def weighed_gate(policy, config, advantage, delta, uses_skill, response):
-    """What `internalization_rows` makes of an episode of one step -> [gate times weight]."""
-    ids = policy.tokenizer(f"<think>a</think>{response}")["input_ids"]
-    step = Step("saw", [1], [2], response, ids, [0.0] * len(ids), "go", True)
-    episode = Episode("i", "g", [Skill("c", "s", "pick")] if uses_skill else [], steps=[step])
-    rows = internalization_rows([episode], [[advantage]], {"g": delta}, policy.tokenizer, config)
-    return [on * row.weight for row in rows for on in row.gate]
-
-
 @pytest.mark.parametrize(
-    "closed", [{"advantage": -0.5}, {"delta": -0.25}, {"delta": 0.0}, {"uses_skill": False}]
+    "without, changes, weights",
+    [
+        ("", {}, {0.0, 0.5}),  # the thought has none
+        ("", {"advantage": -0.5}, {0.0}),
+        ("", {"advantage": 7.0}, {0.0, 2.0}),  # clipped
+        ("", {"delta": -0.25}, set()),
+        ("", {"delta": 0.0}, set()),
+        ("", {"uses_skill": False}, set()),
+        ("", {"said": "<action>go"}, {0.0}),
+        ("weight", {"advantage": -7.0}, {0.0, 1.0}),
+        ("weight", {"delta": 0.0}, set()),
+        ("gate", {"delta": -0.25}, {0.0, 0.5}),
+        ("gate", {"uses_skill": False}, set()),
+        ("action_mask", {}, {0.5}),
+    ],
 )
-def test_each_factor_of_the_internalization_gate_alone_switches_a_token_off(closed, policy, config):
-    weights = weighed_gate(policy, config, **OPEN)
-    assert set(weights) == {0.0, 0.5} and weights[0] == 0.0  # the thought is not distilled
-    assert not any(weighed_gate(policy, config, **OPEN | closed))
-    assert not any(weighed_gate(policy, config, **OPEN | {"response": "<action>go"}))
-
-
-def test_the_weight_is_clipped_and_an_ablation_takes_it_away(policy, config):
-    config.advantage_clip = 2.0
-    assert max(weighed_gate(policy, config, **OPEN | {"advantage": 7.0})) == 2.0
-    config.without = ["weight"]
-    for advantage in (7.0, -7.0):
-        assert max(weighed_gate(policy, config, **OPEN | {"advantage": advantage})) == 1.0
-    assert not any(weighed_gate(policy, config, **OPEN | {"delta": 0.0}))  # the gate is still there
+def test_each_factor_of_the_internalization_gate_alone_switches_a_token_off(
+    without, changes, weights, policy, config
+):
+    """An episode of one step -> the weights of its tokens; set(): no row at all."""
+    case = {"advantage": 0.5, "delta": 0.25, "uses_skill": True, "said": "<action>go</action>"}
+    case |= changes
+    config = dataclasses.replace(config, without=[without], advantage_clip=2.0)
+    ids = policy.tokenizer(f"<think>a</think>{case['said']}")["input_ids"]
+    step = Step("saw", [1], [2], "", ids, [0.0] * len(ids), "go", True)
+    skills = [Skill("c", "s", "pick")] if case["uses_skill"] else []
+    rows = internalization_rows(
+        [Episode("i", "g", skills, steps=[step])],
+        [[case["advantage"]]],
+        {"g": case["delta"]},
+        policy.tokenizer,
+        config,
+    )
+    assert {on * row.weight for row in rows for on in row.gate} == weights
 
 
 # --- the whole objective, by hand -----------------------------------------------------------------

@@ -11,25 +11,12 @@ from runtime import memory
 from runtime.generation import Cache, generate
 from runtime.policy import SHAPES, Policy, load_policy
 
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SMALL = {
-    "narrow": {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 4000,
-        "tie_word_embeddings": False,
-    },
-    "wide": {
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "vocab_size": 16000,
-        "tie_word_embeddings": True,
-    },
+    "narrow": dict(zip(SIZES, (256, 1024, 6, 4), strict=True))
+    | {"num_key_value_heads": 2, "vocab_size": 4000, "tie_word_embeddings": False},
+    "wide": dict(zip(SIZES, (512, 1408, 3, 8), strict=True))
+    | {"num_key_value_heads": 2, "vocab_size": 16000, "tie_word_embeddings": True},
 }
 
 
@@ -55,16 +42,9 @@ def test_table_is_within_15_percent_of_what_update_scoring_and_rollout_allocate(
 ):
     monkeypatch.setitem(SHAPES, name, SMALL[name])
     # hardly any prompt: every token of a micro-batch needs logits, the table's worst case
-    config = Config(
-        model=name,
-        dtype="float32",
-        gradient_checkpointing=checkpointing,
-        micro_tokens=1024,
-        max_prompt_tokens=2,
-        max_response_tokens=126,
-        tasks=1,
-        generation_rows=8,
-    )
+    flags = {"max_prompt_tokens": 2, "max_response_tokens": 126, "micro_tokens": 1024, "tasks": 1}
+    flags |= {"gradient_checkpointing": checkpointing, "generation_rows": 8}
+    config = Config(model=name, dtype="float32", **flags)
     model, tokenizer = load_policy(name, config, "cpu")
     rows = []
     for _ in range(16):  # two micro-batches: the second meets the gradients of the first

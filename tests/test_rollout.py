@@ -236,22 +236,18 @@ def test_metrics_tell_the_halves_apart(paired_episodes, config):
 
 def test_every_logged_share_is_of_what_its_name_says(config):
     config.max_response_tokens = 3
-
-    def episode(group, success, *steps):
-        made = [Step("", [1], [1] * 4, "", [5] * n, [], "", valid, 0.0) for n, valid in steps]
-        return Episode("i", group, task_type="pick", steps=made, success=success)
-
-    played = [
-        episode("a", True, (3, True)),
-        episode("a", True, (1, True), (3, True), (2, False)),
-        episode("a", True, (2, True)),
-        episode("b", True, (2, True)),
-        episode("b", False, (2, True)),
-        episode("c", False, (2, True)),
-    ]
-    advantages = [
-        np.full(len(e.steps), value) for e, value in zip(played, (-9, 1, 1, 1, 1, 1), strict=True)
-    ]
+    played = []
+    for group, success, *steps in (  # (response tokens, valid) of each step
+        ("a", True, (3, True)),
+        ("a", True, (1, True), (3, True), (2, False)),
+        ("a", True, (2, True)),
+        ("b", True, (2, True)),
+        ("b", False, (2, True)),
+        ("c", False, (2, True)),
+    ):
+        made = [Step("", [1], [1] * 4, "", [5] * n, [], "", valid) for n, valid in steps]
+        played.append(Episode("i", group, task_type="pick", steps=made, success=success))
+    advantages = [np.full(len(e.steps), -9 if e is played[0] else 1) for e in played]
     metrics = rollout_metrics(played, advantages, config)
     assert metrics["no_contrast"] == pytest.approx(2 / 3)  # "a" and "c"
     assert metrics["invalid"] == pytest.approx(1 / 8)

