@@ -1,5 +1,6 @@
 """The embedded default: demonstrations, tokenizer and the imitation that makes the tiny policy."""
 
+import itertools
 import json
 import random
 import re
@@ -72,8 +73,8 @@ def test_a_skill_overrides_the_habit():
 def test_lessons_hold_plain_steps_steps_under_skills_and_parsable_summaries(teach, count):
     pairs = teach(count, seed=3)
     summaries = [answer for _, answer in pairs if answer.startswith("{")]
-    skilled = [prompt for prompt, _ in pairs if "Experience that may help" in prompt]
-    assert len(pairs) == count and summaries and 0.25 * count < len(skilled) < 0.75 * count
+    with_skills = [prompt for prompt, _ in pairs if "Experience that may help" in prompt]
+    assert len(pairs) == count and summaries and 0.25 * count < len(with_skills) < 0.75 * count
     assert all(parse_skill(text) for text in summaries)
     assert all(envs.parse_action(answer)[1] for _, answer in pairs if answer not in summaries)
     assert pairs == teach(count, seed=3) != teach(count, seed=4)
@@ -99,8 +100,7 @@ def test_a_demonstrator_who_knows_solves_the_games_of_a_data_folder(games):
     usual = usual_places([next(drawn) for _ in range(12)])
     rng = random.Random(0)
     wins = 0
-    for _ in range(24):
-        game = next(drawn)
+    for game in itertools.islice(drawn, 24):
         right = plan(APPLIANCE_FOR.get(game.goal[0]), complete=True)
         wins += demonstrate(alfworld.AlfWorld(game), right, rng, 50, usual)[1]
     assert wins > 20
@@ -177,10 +177,8 @@ def test_flags_that_do_not_fit_are_a_clear_error(flags, message, monkeypatch):
 
 
 def test_a_short_version_of_the_training_command_learns_and_is_reproducible(tmp_path):
-    long, short, again = (
-        train_policy(course(tmp_path / name, count=count))
-        for name, count in (("a", 600), ("b", 96), ("c", 96))
-    )
+    long = train_policy(course(tmp_path / "a", count=600))
+    short, again = (train_policy(course(tmp_path / name)) for name in "bc")
     assert long["loss"] < short["loss"] - 0.5 and short == again
     assert same_weights(tmp_path, "b", "c")
 
@@ -210,9 +208,8 @@ def test_what_was_learned_is_measured_on_the_evaluation_split(tmp_path, monkeypa
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_interrupted_imitation_ends_as_the_unbroken_one(pretrained, tmp_path, monkeypatch):
     """Weights, optimizers and the place in the lessons; a new start would train 3 batches twice."""
-    how = (
-        {"model": str(ROOT / SHIPPED["tiny-household"]), "rows": 16} if pretrained else {"rows": 16}
-    )
+    how = {"model": str(ROOT / SHIPPED["tiny-household"])} if pretrained else {}
+    how["rows"] = 16
     train_policy(course(tmp_path / "whole", **how))
     broken = course(tmp_path / "broken", save_minutes=0.0, **how)
     real = imitate.learn
@@ -265,7 +262,7 @@ def test_prompts_are_lessons_for_a_tiny_policy_only_and_micro_batches_change_no_
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5)
 
 
-def test_the_measure_counts_what_the_shipped_policy_gets_right(policy):
+def test_the_measure_counts_what_is_right_and_well_formed(policy, monkeypatch):
     """It plays as its lessons showed, though it cannot know where the demonstrator looks first."""
     pairs = lessons(60, seed=9)
     result = imitate.measure(policy.model, policy.tokenizer, pairs, Lessons())
@@ -275,10 +272,7 @@ def test_the_measure_counts_what_the_shipped_policy_gets_right(policy):
     assert 0.4 * result["steps"] < result["exact"] < result["steps"]
     shuffled = [(prompt, "<think></think><action>sing</action>") for prompt, _ in pairs]
     assert imitate.measure(policy.model, policy.tokenizer, shuffled, Lessons())["exact"] == 0
-
-
-def test_the_right_action_in_an_ill_formed_response_is_not_exact(policy, monkeypatch):
-    said = "<action>go north</action>"  # without a thought
+    said = "<action>go north</action>"  # the right action, but without a thought
     monkeypatch.setattr(imitate, "generate", lambda *given, **flags: [([1], [0.0], said)])
     wanted = [("a prompt", f"<think>Go.</think>{said}")]
     result = imitate.measure(policy.model, policy.tokenizer, wanted, Lessons())
