@@ -1,14 +1,27 @@
 """The terms of the objective, and the whole of it written out by hand."""
 
+import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 from conftest import as_rows
 
-import common
-from common import find_action_tokens, internalization_loss
+from common import (
+    Episode,
+    Row,
+    Step,
+    backward,
+    clipped_policy_loss,
+    find_action_tokens,
+    internalization_loss,
+    k3_kl,
+    token_mean,
+)
+from distill import internalization_rows
+from skills import Skill
+
+DUAL_CLIP = 3.0
 
 # --- each term ------------------------------------------------------------------------------------
 
@@ -25,7 +38,7 @@ from common import find_action_tokens, internalization_loss
     ],
 )
 def test_policy_loss_clips_from_the_right_side_and_dual_clips(ratio, advantage, expected):
-    loss = common.clipped_policy_loss(
+    loss = clipped_policy_loss(
         torch.tensor([[math.log(ratio)]]),
         torch.zeros(1, 1),
         torch.tensor([[advantage]]),
@@ -36,73 +49,75 @@ def test_policy_loss_clips_from_the_right_side_and_dual_clips(ratio, advantage, 
 
 def test_k3_is_zero_at_the_reference_and_positive_elsewhere():
     mask = torch.tensor([[True, True, False]])
-    assert common.k3_kl(torch.zeros(1, 3), torch.zeros(1, 3), mask) == 0
-    value = common.k3_kl(torch.tensor([[-1.0, -1.0, 5.0]]), torch.tensor([[-2.0, -2.0, 0.0]]), mask)
-    assert value == pytest.approx(np.exp(-1.0) + 1 - 1)  # d = -1; the masked token does not count
+    assert k3_kl(torch.zeros(1, 3), torch.zeros(1, 3), mask) == 0
+    value = k3_kl(torch.tensor([[-1.0, -1.0, 5.0]]), torch.tensor([[-2.0, -2.0, 0.0]]), mask)
+    assert value == pytest.approx(math.exp(-1.0) + 1 - 1)  # d = -1; the masked token does not count
 
 
 def test_k3_is_large_where_the_reference_expects_what_the_policy_avoids():
     one = torch.ones(1, 1, dtype=torch.bool)
-    high = common.k3_kl(torch.tensor([[-3.0]]), torch.tensor([[-1.0]]), one)
+    high = k3_kl(torch.tensor([[-3.0]]), torch.tensor([[-1.0]]), one)
     assert high == pytest.approx(math.exp(2) - 2 - 1)  # d = +2, not the milder d = -2
-    assert common.k3_kl(torch.tensor([[-9.0]]), torch.tensor([[-1.0]]), one) == 10  # clamped
+    assert k3_kl(torch.tensor([[-9.0]]), torch.tensor([[-1.0]]), one) == 10  # clamped
 
 
 def test_a_mean_over_a_part_divides_by_the_tokens_of_the_whole():
     values = torch.tensor([[1.0, 2.0, 50.0]])
     mask = torch.tensor([[True, True, False]])
-    assert common.token_mean(values, mask) == 1.5
-    assert common.token_mean(values, mask, tokens=6) == 0.5
-    assert common.token_mean(values, torch.zeros_like(mask)) == 0
+    assert token_mean(values, mask) == 1.5
+    assert token_mean(values, mask, tokens=6) == 0.5
+    assert token_mean(values, torch.zeros_like(mask)) == 0
 
 
-GATE = {"advantages": 0.5, "utility": 0.25, "used_skill": True, "action": True}
+def test_internalization_is_the_mean_of_eq_12_over_the_gated_tokens():
+    logprobs = torch.tensor([[-1.0, -2.0, -4.0], [-8.0, 0.0, -5.0]], requires_grad=True)
+    gate = torch.tensor([[False, True, True], [True, False, False]])
+    loss = internalization_loss(logprobs, torch.tensor([0.5, 0.0]), gate)
+    loss.backward()
+    # a gated row without weight counts in the denominator: three tokens
+    assert loss.item() == pytest.approx(0.5 * (2 + 4) / 3)
+    assert torch.allclose(logprobs.grad, torch.tensor([[0.0, -0.5, -0.5], [0.0, 0.0, 0.0]]) / 3)
+    parts = internalization_loss(logprobs, torch.tensor([0.5, 0.0]), gate, tokens=12)
+    assert parts.item() == pytest.approx(0.5 * (2 + 4) / 12)
+    closed = torch.zeros_like(gate)
+    assert internalization_loss(logprobs, torch.tensor([1.0, 1.0]), closed) == 0
 
 
 @pytest.mark.parametrize(
-    "closed", [{"advantages": -0.5}, {"utility": -0.25}, {"used_skill": False}, {"action": False}]
+    "without, changes, weights",
+    [
+        ("", {}, {0.0, 0.5}),  # the thought has none
+        ("", {"advantage": -0.5}, {0.0}),
+        ("", {"advantage": 7.0}, {0.0, 2.0}),  # clipped
+        ("", {"delta": -0.25}, set()),
+        ("", {"delta": 0.0}, set()),
+        ("", {"uses_skill": False}, set()),
+        ("", {"said": "<action>go"}, {0.0}),
+        ("weight", {"advantage": -7.0}, {0.0, 1.0}),
+        ("weight", {"delta": 0.0}, set()),
+        ("gate", {"delta": -0.25}, {0.0, 0.5}),
+        ("gate", {"uses_skill": False}, set()),
+        ("action_mask", {}, {0.5}),
+    ],
 )
-def test_each_factor_of_the_internalization_gate_alone_switches_a_token_off(closed):
-    def gradient(advantages, utility, used_skill, action):
-        logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-        internalization_loss(
-            logprobs,
-            torch.tensor([advantages]),
-            torch.tensor([utility]),
-            torch.tensor([used_skill]),
-            torch.tensor([[False, action]]),
-        ).backward()
-        return logprobs.grad[0].tolist()
-
-    assert gradient(**GATE) == [0, -0.5]
-    assert gradient(**GATE | closed) == [0, 0]
-
-
-def test_a_group_that_gains_nothing_from_its_skill_is_not_internalized():
-    arguments = torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([True])
-    assert internalization_loss(torch.tensor([[-3.0]]), *arguments, torch.tensor([[True]])) == 0
-
-
-def test_internalization_weight_is_clipped_and_carries_no_gradient():
-    advantages = torch.tensor([7.0], requires_grad=True)
-    logprobs = torch.tensor([[-1.0]], requires_grad=True)
-    on = torch.tensor([[True]])
-    internalization_loss(
-        logprobs, advantages, torch.tensor([1.0]), torch.tensor([True]), on, clip=2.0
-    ).backward()
-    assert logprobs.grad.item() == -2.0 and advantages.grad is None
-
-
-def test_a_gated_row_without_advantage_counts_in_the_denominator():
-    logprobs = torch.tensor([[-1.0], [-4.0]])
-    loss = internalization_loss(
-        logprobs,
-        torch.tensor([0.5, -0.5]),
-        torch.tensor([1.0, 1.0]),
-        torch.tensor([True, True]),
-        torch.tensor([[True], [True]]),
+def test_each_factor_of_the_internalization_gate_alone_switches_a_token_off(
+    without, changes, weights, policy, config
+):
+    """An episode of one step -> the weights of its tokens; set(): no row at all."""
+    case = {"advantage": 0.5, "delta": 0.25, "uses_skill": True, "said": "<action>go</action>"}
+    case |= changes
+    config = dataclasses.replace(config, without=[without], advantage_clip=2.0)
+    ids = policy.tokenizer(f"<think>a</think>{case['said']}")["input_ids"]
+    step = Step("saw", [1], [2], "", ids, [0.0] * len(ids), "go", True)
+    skills = [Skill("c", "s", "pick")] if case["uses_skill"] else []
+    rows = internalization_rows(
+        [Episode("i", "g", skills, steps=[step])],
+        [[case["advantage"]]],
+        {"g": case["delta"]},
+        policy.tokenizer,
+        config,
     )
-    assert loss == pytest.approx(0.5 * 1.0 / 2)
+    assert {on * row.weight for row in rows for on in row.gate} == weights
 
 
 # --- the whole objective, by hand -----------------------------------------------------------------
@@ -111,18 +126,17 @@ def test_a_gated_row_without_advantage_counts_in_the_denominator():
 def objective_by_hand(model, rows, config, lambda_) -> dict:
     """method Eq. 14 row by row and token by token -> the logged terms, each a 0-dim tensor."""
     sums = dict.fromkeys(("policy", "kl", "entropy", "internalization", "clipped", "log_ratio"), 0)
-    rl_tokens = sum(len(row.response_ids) for row in rows if not row.internalize)
-    gated_tokens = sum(sum(row.action_mask) for row in rows if row.internalize)
+    rl_tokens = sum(len(row.response_ids) for row in rows if row.gate is None)
+    gated_tokens = sum(sum(row.gate) for row in rows if row.gate is not None)
     for row in rows:
         ids = row.prompt_ids + row.response_ids
         scores = model(torch.tensor([ids])).logits[0] / config.temperature
         for i, token in enumerate(row.response_ids):
             log_p = torch.log_softmax(scores[len(row.prompt_ids) + i - 1], -1)
             logprob = log_p[token]
-            if row.internalize:
-                weight = min(max(row.advantage, 0.0), config.advantage_clip)
-                if row.action_mask[i]:
-                    sums["internalization"] -= weight * logprob / gated_tokens
+            if row.gate is not None:
+                if row.gate[i]:
+                    sums["internalization"] -= row.weight * logprob / gated_tokens
                 continue
             old = row.old_logprobs[i].item()
             ratio = math.exp(logprob.item() - old)
@@ -133,22 +147,16 @@ def objective_by_hand(model, rows, config, lambda_) -> dict:
                 term = -a * moving if ratio < 1 + config.clip else -a * (1 + config.clip)
             elif ratio < 1 - config.clip:
                 term = -a * (1 - config.clip)
-            elif ratio > config.dual_clip:
-                term = -a * config.dual_clip
             else:
-                term = -a * moving
+                term = -a * moving if ratio < DUAL_CLIP else -a * DUAL_CLIP
             d = row.ref_logprobs[i].item() - logprob
             sums["policy"] += term / rl_tokens
             sums["kl"] += (d.exp() - d - 1) / rl_tokens
             sums["entropy"] -= (log_p.exp() * log_p).sum() / rl_tokens
             sums["clipped"] += (abs(ratio - 1) > config.clip) / rl_tokens
             sums["log_ratio"] += abs(logprob.item() - old) / rl_tokens
-    sums["loss"] = (
-        sums["policy"]
-        + config.kl_coef * sums["kl"]
-        - config.entropy_coef * sums["entropy"]
-        + lambda_ * sums["internalization"]
-    )
+    sums["loss"] = sums["policy"] + config.kl_coef * sums["kl"]
+    sums["loss"] += lambda_ * sums["internalization"] - config.entropy_coef * sums["entropy"]
     return sums
 
 
@@ -164,17 +172,19 @@ def mixed_rows(paired_episodes, policy):
         # the sampler's, as if the policy had moved since: ratios from e^-1 to e^2
         row.old_logprobs = own + torch.rand(len(own), generator=noise) * 3 - 2
         row.ref_logprobs = own + 0.4 * torch.randn(len(own), generator=noise)
-    for advantage, delta, step in zip(
-        (0.4, 3.0, -0.6, 0.2), (0.5, 1.0, 0.5, 0.25), steps, strict=True
-    ):
-        assert step.plain_ids != step.prompt_ids  # steps of the arm with the skill
-        row = common.Row(step.plain_ids, step.response_ids, advantage, step.logprobs)
-        row.internalize = True
-        row.delta = delta
-        row.action_mask = find_action_tokens(policy.tokenizer, step.response_ids)
-        assert any(row.action_mask) and not all(row.action_mask)
-        rows.append(row)
+    for weight, step in zip((0.4, 0.8, 0.0, 0.2), steps, strict=False):
+        assert step.plain_ids != step.prompt_ids  # steps of the half with the skill
+        gate = find_action_tokens(policy.tokenizer, step.response_ids)
+        assert any(gate) and not all(gate)
+        rows.append(Row(step.plain_ids, step.response_ids, gate=gate, weight=weight))
     return rows
+
+
+def passed(policy, rows, config, lambda_) -> tuple:
+    """The logged terms of a mini-batch, and its gradient."""
+    policy.model.zero_grad()
+    logged = backward(policy, rows, config, lambda_)
+    return logged, flat_gradient(policy.model)
 
 
 def flat_gradient(model):
@@ -183,113 +193,48 @@ def flat_gradient(model):
 
 def test_the_objective_and_its_gradient_equal_the_formula_written_out(mixed_rows, policy, config):
     """Every sign, weight, mask, denominator and the temperature, with no coefficient at 0 or 1."""
-    config.temperature = 0.7
-    config.kl_coef = 0.3
-    config.entropy_coef = 0.05
-    config.advantage_clip = 0.8
-    config.clip = 0.15
-    config.dual_clip = 2.0
-    model = policy.model
-    model.zero_grad()
-    by_hand = objective_by_hand(model, mixed_rows, config, lambda_=0.6)
+    flags = {"temperature": 0.7, "kl_coef": 0.3, "entropy_coef": 0.05, "clip": 0.15}
+    config = dataclasses.replace(config, **flags)
+    policy.model.zero_grad()
+    by_hand = objective_by_hand(policy.model, mixed_rows, config, lambda_=0.6)
     by_hand["loss"].backward()
-    expected = flat_gradient(model)
-    model.zero_grad()
-    logged = common.backward(model, mixed_rows, config, 0.6, policy.tokenizer.pad_token_id)
+    expected = flat_gradient(policy.model)
+    logged, gradient = passed(policy, mixed_rows, config, 0.6)
     for name, value in by_hand.items():
         value = float(torch.as_tensor(value).detach())
         assert logged[name] == pytest.approx(value, abs=1e-5), name
         assert abs(value) > 1e-3, f"{name} would not be missed"
-    torch.testing.assert_close(flat_gradient(model), expected, atol=2e-6, rtol=1e-4)
+    torch.testing.assert_close(gradient, expected, atol=2e-6, rtol=1e-4)
     assert expected.abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kept", ["RL rows", "internalization rows"])
+@pytest.mark.parametrize("gated", [False, True])
 def test_a_mini_batch_of_one_kind_of_row_has_the_terms_of_that_kind(
-    mixed_rows, policy, config, kept
+    mixed_rows, policy, config, gated
 ):
-    rows = [row for row in mixed_rows if row.internalize == (kept == "internalization rows")]
-    logged = common.backward(policy.model, rows, config, 0.5, policy.tokenizer.pad_token_id)
+    rows = [row for row in mixed_rows if (row.gate is not None) == gated]
+    logged = backward(policy, rows, config, 0.5)
     rl_terms = [logged[name] for name in ("policy", "kl", "entropy", "clipped", "log_ratio")]
-    if kept == "RL rows":
-        assert all(rl_terms) and logged["internalization"] == 0
-    else:
+    if gated:
         assert not any(rl_terms)
         assert logged["loss"] == pytest.approx(0.5 * logged["internalization"])
+    else:
+        assert all(rl_terms) and logged["internalization"] == 0
 
 
 def test_without_lambda_internalization_rows_change_nothing(mixed_rows, policy, config):
-    gradients = []
-    for rows in (mixed_rows, [row for row in mixed_rows if not row.internalize]):
-        policy.model.zero_grad()
-        common.backward(policy.model, rows, config, 0.0, policy.tokenizer.pad_token_id)
-        gradients.append(flat_gradient(policy.model))
+    rl = [row for row in mixed_rows if row.gate is None]
+    gradients = [passed(policy, rows, config, 0.0)[1] for rows in (mixed_rows, rl)]
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
 def test_loss_and_gradients_do_not_change_with_the_micro_batch_size(mixed_rows, policy, config):
-    config.kl_coef = 0.1
-    config.entropy_coef = 0.01
-    results = []
-    for micro_tokens in (10**9, 1):  # all rows together, one row at a time
-        config.micro_tokens = micro_tokens
-        policy.model.zero_grad()
-        terms = common.backward(policy.model, mixed_rows, config, 0.5, 0)
-        results.append((terms, flat_gradient(policy.model)))
-    (whole, big), (parts, small) = results
+    config = dataclasses.replace(config, kl_coef=0.1, entropy_coef=0.01)
+    config.micro_tokens = 10**9  # all rows together
+    whole, big = passed(policy, mixed_rows, config, 0.5)
+    config.micro_tokens = 1  # one row at a time
+    parts, small = passed(policy, mixed_rows, config, 0.5)
     assert big.abs().max() > 1e-3
     torch.testing.assert_close(big, small, atol=2e-6, rtol=1e-4)
     for name in whole:
         assert whole[name] == pytest.approx(parts[name], abs=1e-5), name
-
-
-# --- ablations of the objective -------------------------------------------------------------------
-
-
-def test_hand_off_gives_the_policy_loss_what_internalization_leaves(mixed_rows, policy, config):
-    pad_id = policy.tokenizer.pad_token_id
-    whole = common.backward(policy.model, mixed_rows, config, 0.25, pad_id)
-    config.hand_off = True
-    shared = common.backward(policy.model, mixed_rows, config, 0.25, pad_id)
-    assert abs(whole["policy"]) > 1e-3
-    assert shared["loss"] == pytest.approx(whole["loss"] - 0.25 * whole["policy"])
-    alone = common.backward(policy.model, mixed_rows, config, 0.0, pad_id)
-    config.hand_off = False
-    assert alone == common.backward(policy.model, mixed_rows, config, 0.0, pad_id)
-
-
-def test_kl_internalization_has_the_gradient_of_the_divergence_from_the_skill_prompt(
-    mixed_rows, paired_episodes, policy, config
-):
-    """KL(pi(. | xs_t, y_<) || pi(. | x_t, y_<)) at the gated tokens, the first one held fixed."""
-    rows = [row for row in mixed_rows if row.internalize]
-    steps = [s for e in paired_episodes for s in e.steps]
-    config.internalize_loss = "kl"
-    config.temperature = 0.7
-    model = policy.model
-
-    def divergences(row):  # at each response token
-        distributions = []
-        for prompt in (row.skill_ids, row.prompt_ids):
-            logits = model(torch.tensor([prompt + row.response_ids])).logits[0, :-1]
-            log_p = (logits / config.temperature).log_softmax(-1)
-            distributions.append(log_p[len(prompt) - 1 :])
-        teacher, student = distributions
-        return (teacher.detach().exp() * (teacher.detach() - student)).sum(-1)
-
-    for row, step in zip(
-        rows, steps, strict=True
-    ):  # one token of each is gated: where the skill says most
-        row.skill_ids = step.prompt_ids
-        most = int(divergences(row).argmax())
-        row.action_mask = [i == most for i in range(len(row.response_ids))]
-    model.zero_grad()
-    common.backward(model, rows, config, 0.5, policy.tokenizer.pad_token_id)
-    measured = flat_gradient(model)
-
-    model.zero_grad()
-    weights = [0.5 * min(max(row.advantage, 0), config.advantage_clip) / len(rows) for row in rows]
-    loss = sum(weight * divergences(row).max() for weight, row in zip(weights, rows, strict=True))
-    loss.backward()
-    torch.testing.assert_close(measured, flat_gradient(model), atol=2e-6, rtol=1e-3)
-    assert measured.abs().max() > 1e-5

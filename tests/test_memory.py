@@ -1,32 +1,22 @@
 """The memory table against what PyTorch really allocates, and what it advises."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-import common
+from common import Row, backward, fill_logprobs, token_logprobs
 from config import Config
-from runtime import logprobs, memory, policy
+from runtime import memory
 from runtime.generation import Cache, generate
+from runtime.policy import SHAPES, Policy, load_policy
 
-SHAPES = {
-    "narrow": {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 4000,
-        "tie_word_embeddings": False,
-    },
-    "wide": {
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "vocab_size": 16000,
-        "tie_word_embeddings": True,
-    },
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SMALL = {
+    "narrow": dict(zip(SIZES, (256, 1024, 6, 4), strict=True))
+    | {"num_key_value_heads": 2, "vocab_size": 4000, "tie_word_embeddings": False},
+    "wide": dict(zip(SIZES, (512, 1408, 3, 8), strict=True))
+    | {"num_key_value_heads": 2, "vocab_size": 16000, "tie_word_embeddings": True},
 }
 
 
@@ -50,57 +40,45 @@ def peak_bytes(run) -> int:
 def test_table_is_within_15_percent_of_what_update_scoring_and_rollout_allocate(
     name, checkpointing, monkeypatch
 ):
-    monkeypatch.setitem(policy.SHAPES, name, SHAPES[name])
+    monkeypatch.setitem(SHAPES, name, SMALL[name])
     # hardly any prompt: every token of a micro-batch needs logits, the table's worst case
-    config = Config(
-        model=name,
-        dtype="float32",
-        gradient_checkpointing=checkpointing,
-        micro_tokens=1024,
-        max_prompt_tokens=2,
-        max_response_tokens=126,
-        tasks=1,
-        generation_rows=8,
-    )
-    model, tokenizer = policy.load_policy(name, config, "cpu")
+    flags = {"max_prompt_tokens": 2, "max_response_tokens": 126, "micro_tokens": 1024, "tasks": 1}
+    flags |= {"gradient_checkpointing": checkpointing, "generation_rows": 8}
+    config = Config(model=name, dtype="float32", **flags)
+    model, tokenizer = load_policy(name, config, "cpu")
     rows = []
     for _ in range(16):  # two micro-batches: the second meets the gradients of the first
-        row = common.Row([5, 6], torch.randint(5, 800, (126,)).tolist(), 1.0, [-5.0] * 126)
-        row.old_logprobs = torch.tensor(row.rollout_logprobs)
-        row.ref_logprobs = row.old_logprobs
-        rows.append(row)
-    parts = memory.parts(config) | {"optimizer": 0, "reference": 0}
-    table = memory.situations(parts)
-
-    model.train()
-    update = peak_bytes(lambda: common.backward(model, rows, config, 0.0, 0))
-    model.eval()
-    model.zero_grad(set_to_none=True)
-    scoring = peak_bytes(lambda: common.score_rows(model, rows, "ref_logprobs", config, 0))
-    long = config
-    long.max_prompt_tokens = 300
-    prompts = [[5] * 299 + [i] for i in range(8)]
+        response = torch.randint(5, 800, (126,)).tolist()
+        rows.append(Row([5, 6], response, 1.0, [-5.0] * 126))
+    long = replace(config, max_prompt_tokens=300)
+    policy = Policy(model, tokenizer)
 
     def sample():
         cache = Cache(model, 8, 300 + 126)
         # a few tokens: what is held does not grow with them, the cache has its full length
         options = {"max_new_tokens": 8, "rows": 8, "cache": cache, "stop": False}
+        prompts = [[5] * 299 + [i] for i in range(8)]
         generate(model, tokenizer, prompts, temperature=1.0, seed=0, **options)
 
-    table["rollout"] = memory.situations(memory.parts(long) | {"optimizer": 0, "reference": 0})[
-        "rollout"
-    ]
-    rollout = peak_bytes(sample)
-    measured = {"update": update, "scoring": scoring, "rollout": rollout}
+    measured = {"scoring": peak_bytes(lambda: fill_logprobs(policy, rows, config))}
+    for row in rows:
+        row.ref_logprobs = row.old_logprobs
+    model.train()
+    measured["update"] = peak_bytes(lambda: backward(policy, rows, config, 0.0))
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    measured["rollout"] = peak_bytes(sample)
     for situation, peak in measured.items():
-        expected = table[situation] - parts["weights"]
+        settings = long if situation == "rollout" else config
+        parts = memory.parts(settings) | {"optimizer": 0, "reference": 0}
+        expected = memory.situations(parts, offload=False)[situation] - parts["weights"]
         assert peak == pytest.approx(expected, rel=0.15), situation
 
 
 def test_logits_of_a_long_micro_batch_are_never_held_at_once(monkeypatch):
-    monkeypatch.setitem(policy.SHAPES, "wide", SHAPES["wide"])
+    monkeypatch.setitem(SHAPES, "wide", SMALL["wide"])
     config = Config(model="wide", dtype="float32", micro_tokens=1024)
-    model, _ = policy.load_policy("wide", config, "cpu")
+    model, _ = load_policy("wide", config, "cpu")
     model.train()
     torch.manual_seed(0)
     ids = torch.randint(5, 800, (8, 128))
@@ -109,13 +87,13 @@ def test_logits_of_a_long_micro_batch_are_never_held_at_once(monkeypatch):
 
     def gradient():
         model.zero_grad()
-        values, entropies = common.token_logprobs(model, ids, mask, 0.7)
+        values, entropies = token_logprobs(model, ids, mask, 0.7)
         (values.sum() - 0.1 * entropies.sum()).backward()
         return model.model.layers[0].mlp.up_proj.weight.grad.clone()
 
     whole = peak_bytes(gradient)
     expected = gradient()
-    monkeypatch.setattr(logprobs, "LOGITS", 64 * 16000)  # 64 of 1,016 positions at once
+    monkeypatch.setattr("common.LOGITS", 64 * 16000)  # 64 of 1,016 positions at once
     chunked = peak_bytes(gradient)
     torch.testing.assert_close(gradient(), expected, atol=1e-5, rtol=1e-4)  # kernels differ
     assert chunked < 0.4 * whole
@@ -124,21 +102,22 @@ def test_logits_of_a_long_micro_batch_are_never_held_at_once(monkeypatch):
 def test_table_of_the_7b_counts_what_exists(monkeypatch):
     config = Config(model="qwen2.5-7b-shape")
     parts = memory.parts(config)
-    assert parts["parameters"] == 7_615_616_512
-    assert parts["weights"] == 2 * parts["parameters"]
+    assert memory.count_parameters(config.model)[0] == 7_615_616_512
+    assert parts["weights"] == 2 * 7_615_616_512
     assert parts["optimizer"] == 3 * parts["weights"]  # two moments and the Kahan buffer
     assert parts["KV cache"] == 128 * (3072 + 512) * 56 * 1024
     assert parts["disk"] == pytest.approx(60.9e9, rel=0.01)
-    assert memory.parts(Config(model="qwen2.5-7b-shape", kl_coef=0))["reference"] == 0
+    assert memory.parts(replace(config, kl_coef=0))["reference"] == 0
     table = memory.table(config)
     assert "141 GB card: fits" in table
-    assert "80 GB card: with --optimizer_offload" in table
-    offloaded = Config(model="qwen2.5-7b-shape", optimizer_offload=True)
+    assert "80 GB card: with --offload" in table
+    offloaded = replace(config, offload=True)
     assert "80 GB card: fits" in memory.table(offloaded)
-    assert "45.69 GB" in memory.table(offloaded).split("host memory")[1]
-    small = Config(model="qwen2.5-1.5b-shape", optimizer_offload=True)
+    assert "60.92 GB" in memory.table(offloaded).split("host memory")[1]
+    assert memory.peak(offloaded) < memory.peak(config) - 45e9
+    small = replace(offloaded, model="qwen2.5-1.5b-shape")
     assert "24 GB card: fits" in memory.table(small)
-    many = Config(model="qwen2.5-7b-shape", generation_rows=512, tasks=64)
+    many = replace(config, generation_rows=512, tasks=64)
     assert "141 GB card: with --generation_rows a quarter" in memory.table(many)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "80 GB card: fits" in memory.table(config)

@@ -1,4 +1,4 @@
-"""Skills by another writer than the policy: an endpoint, another model, a placebo."""
+"""Skills by another writer than the policy: an endpoint, another model."""
 
 import contextlib
 import json
@@ -9,11 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-import common
-import mine
-from common import UserError, shown_in_prompt
+from config import UserError
+from mine import write_summaries
 from runtime.policy import Policy, load_policy
-from skills import Skill
 
 SKILL_TEXT = '{"condition": "it is dark", "strategy": "use the lamp"}'
 
@@ -55,10 +53,10 @@ def reply(text) -> dict:
 
 
 def test_an_endpoint_writes_the_skills_and_gets_the_prompt(endpoint, policy, config):
-    config.miner, got, answers = endpoint
-    config.miner_model = "big"
+    url, got, answers = endpoint
+    config.miner = f"{url}#big"
     answers.append(SKILL_TEXT)
-    texts = mine.write_summaries(["first", "second"], policy, config, seed=1)
+    texts = write_summaries(["first", "second"], policy, config, seed=1)
     assert texts == [SKILL_TEXT] * 2
     assert [x["messages"][0]["content"] for x in got] == ["first", "second"]
     assert {x["model"] for x in got} == {"big"}
@@ -67,20 +65,19 @@ def test_an_endpoint_writes_the_skills_and_gets_the_prompt(endpoint, policy, con
 
 @pytest.mark.parametrize("bad", ["late", "broken", b"no JSON", b"{}", b'{"choices": []}', None])
 def test_an_endpoint_that_fails_or_lies_costs_one_summary_and_not_the_run(
-    endpoint, policy, config, capsys, bad
+    endpoint, policy, config, capsys, monkeypatch, bad
 ):
     config.miner, _, answers = endpoint
-    config.miner_timeout = 0.5
+    monkeypatch.setattr("runtime.miner.TIMEOUT", 0.5)
     answers += [bad, SKILL_TEXT]
-    assert mine.write_summaries(["a", "b"], policy, config, seed=1) == ["", SKILL_TEXT]
+    assert write_summaries(["a", "b"], policy, config, seed=1) == ["", SKILL_TEXT]
     assert "1 of 2 requests unanswered" in capsys.readouterr().out
 
 
 def test_an_endpoint_that_never_answers_ends_with_a_line_that_names_it(policy, config):
     config.miner = "http://127.0.0.1:9/v1"  # nobody listens there
-    config.miner_timeout = 0.5
     with pytest.raises(UserError, match="http://127.0.0.1:9/v1: none of 5 requests was answered"):
-        mine.write_summaries(["a"] * 5, policy, config, seed=1)
+        write_summaries(["a"] * 5, policy, config, seed=1)
 
 
 def test_another_model_writes_the_skills(policy, config, tmp_path):
@@ -89,23 +86,9 @@ def test_another_model_writes_the_skills(policy, config, tmp_path):
         policy.model.model.norm.weight.zero_()  # all logits 0: any token is as likely
     policy.model.save_pretrained(tmp_path / "miner")
     policy.tokenizer.save_pretrained(tmp_path / "miner")
-    fresh = Policy(*load_policy("tiny", config, "cpu"))
+    fresh = Policy(*load_policy("tiny-household", config, "cpu"))
     prompts = ["You solved a task."]
-    own = mine.write_summaries(prompts, fresh, config, seed=1)
+    own = write_summaries(prompts, fresh, config, seed=1)
     config.miner = str(tmp_path / "miner")
-    assert mine.write_summaries(prompts, fresh, config, seed=1) != own
-    assert mine.write_summaries(prompts, policy, config, seed=1) != own
-
-
-def test_a_placebo_is_as_long_as_the_skill_and_says_nothing(policy, config):
-    skill = Skill("the task is to heat", "take it to the microwave and heat it", "heat")
-    config.placebo = True
-    condition, words = shown_in_prompt(skill, config)
-    assert condition == skill.condition and len(words.split()) == len(skill.strategy.split())
-    assert "microwave" not in words
-    item = common.envs.list_items("alfworld", "train", config.data)[0]
-    config.max_steps = 1
-    groups = [[common.Episode(item, "g", (skill,))]]
-    (episode,) = common.rollout(policy, config, groups, seed=0)
-    seen = policy.tokenizer.decode(episode.steps[0].prompt_ids)
-    assert words in seen and "microwave and heat it" not in seen
+    assert write_summaries(prompts, fresh, config, seed=1) != own
+    assert write_summaries(prompts, policy, config, seed=1) != own

@@ -1,6 +1,5 @@
 """Two processes on one CPU (gloo) against one process. Each test names the bug it guards."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, as_rows
 
-import common
+from common import Row, find_action_tokens
 from config import read_jsonl
 from runtime import parallel
 
@@ -25,13 +24,12 @@ def start(command, folder):
 
 def test_two_ranks_make_the_steps_of_one_process(paired_episodes, policy, tmp_path):
     """Gradients, weights, log-probs after the step (stale weights!), and a restored optimizer."""
-    rows = as_rows(paired_episodes)[:31]  # odd: the ranks' shares differ
+    rows = as_rows(paired_episodes)[:31]  # odd: the ranks' parts differ
     for i, row in enumerate(rows):
         row.advantage = (-1.0) ** i * (i % 5)
     for step in [s for e in paired_episodes if e.skills for s in e.steps][:3]:
-        mask = common.find_action_tokens(policy.tokenizer, step.response_ids)
-        row = common.Row(step.plain_ids, step.response_ids, 0.5, step.logprobs)
-        rows.append(dataclasses.replace(row, internalize=True, delta=0.5, action_mask=mask))
+        gate = find_action_tokens(policy.tokenizer, step.response_ids)
+        rows.append(Row(step.plain_ids, step.response_ids, gate=gate, weight=0.5))
     torch.save(rows, tmp_path / "rows.pt")
     script = [str(ROOT / "tests" / "two_ranks.py"), "rows.pt"]
     for command in ([sys.executable, *script, "one.pt"], [*TORCHRUN, *script, "two.pt"]):
@@ -55,9 +53,9 @@ def test_two_ranks_make_the_steps_of_one_process(paired_episodes, policy, tmp_pa
 
 
 def test_all_phases_run_on_two_ranks_and_write_one_run(games, tmp_path):
-    flags = f"""--data {games} --run t --tasks 2 --group_size 4 --max_steps 6 --n_req 9999
-    --warmup_iterations 1 --mine_iterations 2 --mine_every 1 --n_eval 1 --active_above -1
-    --distill_iterations 1 --minibatch_rows 64 --device cpu""".split()
+    flags = f"""--preset tiny-household --data {games} --run t --tasks 2 --group_size 4
+    --max_steps 6 --n_req 9999 --warmup_iterations 1 --mine_iterations 2 --mine_every 1 --n_eval 1
+    --active_above -1 --distill_iterations 1 --minibatch_rows 64 --device cpu""".split()
     done = start([*TORCHRUN, str(ROOT / "tests" / "two_ranks_phases.py"), *flags], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "runs" / "t"
@@ -81,12 +79,12 @@ def test_more_ranks_than_tasks_is_a_clear_error(tmp_path):
     assert "error: 2 processes share --tasks 1: start fewer, or raise it" in done.stderr
 
 
-def test_the_shares_of_all_ranks_are_the_whole_in_its_order(monkeypatch):
+def test_the_parts_of_all_ranks_are_the_whole_in_its_order(monkeypatch):
     values = list(range(7))
-    monkeypatch.setattr(parallel, "world", lambda: 3)
-    shares = []
+    monkeypatch.setattr(parallel, "world_size", lambda: 3)
+    parts = []
     for rank in range(3):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        shares.append(parallel.share(values))
-    assert sum(shares, []) == values and all(len(share) in (2, 3) for share in shares)
+        parts.append(parallel.scatter(values))
+    assert sum(parts, []) == values and all(len(part) in (2, 3) for part in parts)
     assert parallel.own_seed(5) != 5  # on the last rank: ranks must not sample alike

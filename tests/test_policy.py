@@ -1,14 +1,14 @@
 """Loading and the optimizer. Each test names the bug it guards against."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from conftest import as_rows
 
-import common
-from config import PRESETS, Config, UserError
+from common import update
+from config import UserError
 from runtime.policy import Policy, load_policy, load_reference, make_optimizer
 
 
@@ -20,7 +20,7 @@ def test_bfloat16_weights_move_at_lr_1e_6_as_float32_weights_do():
 
     def moved(dtype):
         model = torch.nn.ParameterList([torch.nn.Parameter(start.to(dtype, copy=True))])
-        optimizer = make_optimizer(model, Config(lr=1e-6))
+        optimizer = make_optimizer(model, 1e-6)
         noise = torch.Generator().manual_seed(1)
         for _ in range(100):
             gradient = direction + 0.3 * torch.randn(20_000, generator=noise)
@@ -38,7 +38,7 @@ def test_bfloat16_weights_move_at_lr_1e_6_as_float32_weights_do():
 
 def test_second_moment_of_bfloat16_follows_a_gradient_that_shrinks():
     model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))])
-    optimizer = make_optimizer(model, Config())
+    optimizer = make_optimizer(model, 1e-6)
     for scale in [1.0] * 200 + [0.1] * 200:
         model[0].grad = torch.full((64,), scale, dtype=torch.bfloat16)
         optimizer.step()
@@ -53,22 +53,19 @@ def test_an_optimizer_made_from_its_saved_state_goes_on_as_the_old_one(
     """Also with its state in host memory, and with the learning rate of the later phase."""
     rows = as_rows(episodes)[:4]
     config.kl_coef = 0.0
-    config.lr = 1e-3
 
     def two_steps(stop_between):
-        model, tokenizer = load_policy("tiny", config, "cpu")
-        trainer = Policy(model, tokenizer, None, make_optimizer(model, config))
-        common.update(trainer, [dataclasses.replace(row) for row in rows], config, 0)
-        later = dataclasses.replace(config, lr=2e-3)
+        model, tokenizer = load_policy("tiny-household", config, "cpu")
+        trainer = Policy(model, tokenizer, None, make_optimizer(model, 1e-3))
+        update(trainer, [replace(row) for row in rows], config, 0)
         if stop_between:
             torch.save(trainer.optimizer.state_dict(), tmp_path / "moments.pt")
             saved = torch.load(tmp_path / "moments.pt", weights_only=True)
-            later.optimizer_offload = offload
-            trainer = dataclasses.replace(trainer, optimizer=make_optimizer(model, later, saved))
+            trainer.optimizer = make_optimizer(model, 2e-3, offload=offload, saved=saved)
         else:
             for group in trainer.optimizer.param_groups:
-                group["lr"] = later.lr
-        common.update(trainer, [dataclasses.replace(row) for row in rows], later, 1)
+                group["lr"] = 2e-3
+        update(trainer, [replace(row) for row in rows], config, 1)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     torch.testing.assert_close(two_steps(True), two_steps(False), atol=1e-7, rtol=0)
@@ -78,22 +75,23 @@ def test_a_model_of_another_family_is_a_clear_error(policy, config, tmp_path):
     settings = {"vocab_size": 900, "n_embd": 16, "n_layer": 1, "n_head": 2}
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).save_pretrained(tmp_path)
     policy.tokenizer.save_pretrained(tmp_path)
-    message = "is a gpt2; runtime/generation.py reads qwen2, qwen3, llama"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(
+        UserError, match="is a gpt2; runtime/generation.py reads qwen2, qwen3, llama"
+    ):
         load_policy(tmp_path, config, "cpu")
 
 
-def test_tokenizer_round_trips_and_survives_its_file(policy, tmp_path):
+def test_tokenizer_round_trips_and_survives_its_file(policy, config, tmp_path):
     tokenizer = policy.tokenizer
     text = "<think>a mug</think><action>go to desk 1</action> \n\n{'x': \"y\"} 12 caf\u00e9 \u597d"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
     tokenizer.save_pretrained(tmp_path)
     policy.model.save_pretrained(tmp_path)
-    loaded = load_policy(tmp_path, Config(**PRESETS["tiny"]), "cpu")[1]
+    _, loaded = load_policy(tmp_path, config, "cpu")
     assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 def test_no_reference_is_loaded_for_a_kl_without_weight(config):
-    assert load_reference(dataclasses.replace(config, kl_coef=0.0), "cpu") is None
+    assert load_reference(replace(config, kl_coef=0.0), "cpu") is None
     assert load_reference(config, "cpu") is not None

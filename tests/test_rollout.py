@@ -7,38 +7,64 @@ import numpy as np
 import pytest
 import torch
 
-import common
 import envs
-import evaluate
-from common import Episode, Row, Step
-from config import UserError
-from runtime.metrics import arms, rollout_metrics
-from skills import Skill, SkillBank
+from common import (
+    Episode,
+    Row,
+    Step,
+    episode_advantages,
+    fill_logprobs,
+    fit_prompts,
+    open_groups,
+    play,
+    put_skills,
+    rollout,
+)
+from config import Config, UserError, check
+from evaluate import evaluate
+from runtime import parallel
+from runtime.generation import generate
+from runtime.metrics import halves, rollout_metrics
+from skills import Skill, SkillBank, group_deltas
 from worlds import Observation, alfworld
 
 
-def test_paired_halves_share_the_game_and_the_initial_observation(policy, config):
-    items = envs.list_items("alfworld", "train", config.data)[:3]
-    bank = SkillBank(config)
-    for item in items:
-        kind = alfworld.task_type_of(item)
-        bank.skills.append(Skill("any task", "look first", kind, status="active"))
-    config.max_steps = 1
-    groups = common.plan_groups(
-        items, config, members=4, skilled=2, bank=bank, statuses=("active",)
-    )
-    episodes = common.rollout(policy, config, groups, seed=0)
+@pytest.fixture
+def items(games):
+    return envs.list_items("alfworld", "train", games)
+
+
+@pytest.mark.parametrize("show", ["skill", "nothing"])
+def test_paired_halves_share_the_game_and_the_initial_observation(policy, config, items, show):
+    """With --show nothing the halves differ in name alone: self-imitation."""
+    config = dataclasses.replace(config, max_steps=1, show=show)
+    kinds = {alfworld.task_type_of(item) for item in items[:3]}
+    bank = SkillBank(config, [Skill("any task", "look first", k, status="active") for k in kinds])
+    groups = open_groups(items[:3], config)
+    put_skills(groups, bank, ("active",))
+    episodes = rollout(policy, config, groups, seed=0)
     for start in range(0, 12, 4):
         group = episodes[start : start + 4]
-        assert [bool(e.skills) for e in group] == [True, True, False, False]
+        assert [e.skills for e in group] == [group[0].skills] * 2 + [[], []] and group[0].skills
         assert len({e.item for e in group}) == len({e.group for e in group}) == 1
         assert len({e.steps[0].obs for e in group}) == 1
         with_skill = group[0].steps[0]
         plain = group[2].steps[0]
         assert with_skill.plain_ids == plain.prompt_ids == plain.plain_ids
+        assert (with_skill.prompt_ids == plain.prompt_ids) == (show == "nothing")
         decode = policy.tokenizer.decode
-        assert "look first" in decode(with_skill.prompt_ids)  # on the first step too
+        # on the first step too
+        assert ("look first" in decode(with_skill.prompt_ids)) == (show == "skill")
         assert "look first" not in decode(with_skill.plain_ids)
+
+
+@pytest.mark.parametrize("members, carry", [(2, 1), (3, 2), (4, 2), (5, 3), (8, 4)])
+def test_half_of_a_group_carries_skills_and_each_half_has_a_member(config, members, carry):
+    bank = SkillBank(config, [Skill("a", "b", "pick", status="active")])
+    group = [Episode("i", "g", task_type="pick") for _ in range(members)]
+    put_skills([group], bank, ("active",))
+    assert [bool(e.skills) for e in group] == [True] * carry + [False] * (members - carry)
+    assert bank.skills[0].retrieved == 1  # a group is one try
 
 
 def test_both_prompts_of_every_step_tell_the_same_history(paired_episodes, policy):
@@ -56,19 +82,20 @@ def test_both_prompts_of_every_step_tell_the_same_history(paired_episodes, polic
 
 
 def test_responses_are_sampled_from_the_prompt_that_is_trained(paired_episodes, policy, config):
-    """The skilled arm's responses come from the prompt with the skill, and no other."""
+    """The skill half's responses come from the prompt with the skill, and no other."""
     steps = [step for e in paired_episodes if e.skills for step in e.steps]
+    config.recompute_old = True
     gaps = {}
     for prompt in ("prompt_ids", "plain_ids"):
         rows = [Row(getattr(s, prompt), s.response_ids, 0.0, s.logprobs) for s in steps]
-        common.score_rows(policy.model, rows, "old_logprobs", config, 0)
+        fill_logprobs(policy, rows, config)
         both = [(row.old_logprobs, torch.tensor(row.rollout_logprobs)) for row in rows]
         gaps[prompt] = max(float((ours - theirs).abs().max()) for ours, theirs in both)
     assert gaps["prompt_ids"] < 1e-4 < gaps["plain_ids"]
 
 
-def test_equal_items_drawn_twice_are_two_groups(config):
-    groups = common.plan_groups(["a", "a"], config, members=2)
+def test_equal_items_drawn_twice_are_two_groups(config, items):
+    groups = open_groups([items[0]] * 2, config, members=2)
     assert len({e.group for group in groups for e in group}) == 2
 
 
@@ -77,104 +104,73 @@ def test_the_members_of_a_group_draw_different_responses(plain_play):
     assert len({tuple(ids) for ids in first}) > 1
 
 
-def test_a_rollout_is_a_function_of_its_seed(policy, config, games):
-    items = envs.list_items("alfworld", "train", games)[:2]
+def test_a_rollout_is_a_function_of_its_seed(policy, config, items):
     config.max_steps = 2
 
     def said(seed):
-        groups = common.plan_groups(items, config, members=2)
-        episodes = common.rollout(policy, config, groups, seed)
+        episodes = rollout(policy, config, open_groups(items[:2], config, members=2), seed)
         return [step.response for e in episodes for step in e.steps]
 
     assert said(1) == said(1) != said(2)
 
 
-def test_turns_of_an_episode_do_not_reuse_their_random_numbers(policy, config, games, monkeypatch):
-    """The same prompt at two turns, or in two iterations, must not give the same response."""
-    seeds = []
-    original = common.generate
-
-    def look(*args, seed, **options):
-        seeds.append(seed)
-        return original(*args, seed=seed, **options)
-
-    monkeypatch.setattr(common, "generate", look)
-    items = envs.list_items("alfworld", "train", games)[:1]
-    for seed in (5, 6):
-        common.rollout(policy, config, common.plan_groups(items, config, members=1), seed)
-    assert len(set(seeds)) == len(seeds) == 8
-
-
-def seen_by_generate(monkeypatch) -> list:
+@pytest.fixture
+def asked(monkeypatch) -> list:
     """What every call of `generate` in a rollout is asked for."""
-    asked = []
-    original = common.generate
+    calls = []
+    monkeypatch.setattr(
+        "common.generate", lambda *args, **how: calls.append(how) or generate(*args, **how)
+    )
+    return calls
 
-    def look(*args, **options):
-        asked.append(options)
-        return original(*args, **options)
 
-    monkeypatch.setattr(common, "generate", look)
-    return asked
+def test_turns_ranks_and_iterations_do_not_reuse_their_random_numbers(
+    policy, config, items, asked, monkeypatch
+):
+    """The same prompt at two turns, or elsewhere, must not give the same response."""
+    for seed in (5, 6):
+        rollout(policy, config, open_groups(items[:1], config, members=1), seed)
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    play(policy, config, open_groups(items[:1], config, members=1)[0], 1.0, 5, "")
+    seeds = [x["seed"] for x in asked]
+    assert len(set(seeds)) == len(seeds) == 12
 
 
 def test_an_evaluation_samples_at_its_own_temperature_and_training_at_the_runs(
-    policy, config, games, monkeypatch
+    policy, config, items, asked, monkeypatch
 ):
-    asked = seen_by_generate(monkeypatch)
-    items = envs.list_items("alfworld", "train", games)[:3]
-    monkeypatch.setattr(evaluate, "WAVE", 2)
-    evaluate.evaluate(policy, config, items, 0.4, 7)
+    monkeypatch.setattr("evaluate.WAVE", 2)
+    evaluate(policy, config, items[:3], 0.4, 7)
     assert {x["temperature"] for x in asked} == {0.4}
     assert len({x["seed"] for x in asked}) == len(asked) == 8  # of four turns in two waves
-    asked.clear()
     config.temperature = 0.9
-    common.rollout(policy, config, common.plan_groups(items[:1], config, members=1), 0)
-    assert {x["temperature"] for x in asked} == {0.9}
-    asked.clear()
-    common.rollout(
-        policy, config, common.plan_groups(items[:1], config, members=1), 0, temperature=0.0
-    )
-    assert {x["temperature"] for x in asked} == {0.0}  # greedy, and not the run's
+    for given, expected in ((None, 0.9), (0.0, 0.0)):  # 0 is greedy, and not the run's
+        asked.clear()
+        rollout(policy, config, open_groups(items[:1], config, 1), 0, temperature=given)
+        assert {x["temperature"] for x in asked} == {expected}
 
 
-def test_every_process_samples_with_seeds_of_its_own(policy, config, games, monkeypatch):
-    asked = seen_by_generate(monkeypatch)
-    items = envs.list_items("alfworld", "train", games)[:1]
-    groups = common.plan_groups(items, config, members=1)
-    for number in (0, 1):
-        monkeypatch.setattr(common.parallel, "rank", lambda number=number: number)
-        common.play(policy, config, groups[0], 1.0, 5, "")
-    seeds = [x["seed"] for x in asked]
-    assert len(set(seeds)) == len(seeds) == 8
-
-
-def test_a_wrong_purchase_ends_an_episode_and_is_no_success(policy, config, games, monkeypatch):
+def test_a_wrong_purchase_ends_an_episode_and_is_no_success(policy, config, items):
     """In WebShop an episode ends with any purchase, and its score is a share of the wishes."""
-    original = envs.make_env
-
-    def make_env(*args):
-        game = original(*args)
-        step = game.step
-        game.step = lambda action: (step(action)[0], 0.0, True, {"success": False, "score": 0.75})
-        return game
-
-    monkeypatch.setattr(envs, "make_env", make_env)
-    items = envs.list_items("alfworld", "train", games)[:1]
-    (episode,) = common.rollout(policy, config, common.plan_groups(items, config, members=1), 0)
+    (group,) = open_groups(items[:1], config, members=1)
+    step = group[0].game.step
+    lost = {"success": False, "score": 0.75}
+    group[0].game.step = lambda action: (step(action)[0], 0.0, True, lost)
+    (episode,) = rollout(policy, config, [group], 0)
     assert (len(episode.steps), episode.success, episode.score) == (1, False, 0.75)
 
 
-def test_finished_episodes_leave_the_batch_and_only_the_last_step_is_rewarded(config, policy):
+def test_finished_episodes_leave_the_batch_and_only_the_last_step_is_rewarded(
+    config, policy, items
+):
     config.max_steps = 20
-    items = envs.list_items("alfworld", "train", config.data)
-    groups = common.plan_groups(items[:6], config, members=4)
-    episodes = common.rollout(policy, config, groups, seed=3)
+    episodes = rollout(policy, config, open_groups(items[:6], config), seed=3)
     assert any(e.success for e in episodes) and not all(e.success for e in episodes)
     for e in episodes:
         rewards = [s.reward for s in e.steps]
         assert rewards == [0.0] * (len(rewards) - 1) + [10.0 * e.success]
         assert e.success or len(e.steps) == 20
+        assert e.game is None  # a played episode can be sent to the other processes
 
 
 def test_the_action_and_its_validity_are_read_from_the_response(plain_play):
@@ -184,76 +180,74 @@ def test_the_action_and_its_validity_are_read_from_the_response(plain_play):
         assert len(step.response_ids) == len(step.logprobs)
 
 
-def test_a_long_prompt_loses_history_first_then_names_the_game(policy, config):
-    episode = Episode("some/game", "g")
-    said = Step("You see much. " * 30, [], [], "", [], [], "look", True, 0.0)
-    episode.steps = [said, said]
+def waiting(policy, config, shown=()):
+    """An episode before its third step -> the function that fits its two prompts, as texts."""
+    said = Step("You see much. " * 30, [], [], "", [], [], "look", True)
     obs = Observation("You see a desk 1.", "put a mug on desk", "pick", ("look",))
-    waiting = [(episode, obs)]
-    ((ids, _),) = common.fit_prompts(policy.tokenizer, config, waiting)
-    config.max_prompt_tokens = len(ids) - 1
-    ((shorter, _),) = common.fit_prompts(policy.tokenizer, config, waiting)
+    episode = Episode("some/game", "g", shown=list(shown), steps=[said, said], obs=obs)
+    return lambda: fit_prompts(policy.tokenizer, config, [episode])[0]
+
+
+def test_a_long_prompt_loses_history_first_then_names_the_game(policy, config):
+    fit = waiting(policy, config)
+    config.max_prompt_tokens = len(fit()[0]) - 1
+    shorter, _ = fit()
     assert len(shorter) <= config.max_prompt_tokens
     text = policy.tokenizer.decode(shorter)
     assert "Observation 2" in text and "Observation 1" not in text
     config.max_prompt_tokens = 20
     with pytest.raises(UserError, match="some/game.*max_prompt_tokens"):
-        common.fit_prompts(policy.tokenizer, config, waiting)
+        fit()
 
 
-def test_the_plain_twin_loses_the_history_that_the_skilled_prompt_has_no_room_for(policy, config):
+def test_the_plain_twin_loses_the_history_that_the_prompt_with_skills_has_no_room_for(
+    policy, config
+):
     """Else phase 2 would train on a prompt with more to go by than the response had."""
-    episode = Episode("some/game", "g", (Skill("it is dark " * 5, "use the lamp", "pick"),))
-    episode.steps = [Step("You see much. ", [], [], "", [], [], "look", True, 0.0)] * 2
-    obs = Observation("You see a desk 1.", "put a mug on desk", "pick", ("look",))
-    ((plain, skilled),) = common.fit_prompts(policy.tokenizer, config, [(episode, obs)])
-    config.max_prompt_tokens = len(skilled) - 1
+    fit = waiting(policy, config, [("it is dark " * 5, "use the lamp")])
+    plain, shown = fit()
+    config.max_prompt_tokens = len(shown) - 1
     assert len(plain) < config.max_prompt_tokens
-    ((plain, skilled),) = common.fit_prompts(policy.tokenizer, config, [(episode, obs)])
-    for ids in (plain, skilled):
+    for ids in fit():
         text = policy.tokenizer.decode(ids)
         assert "Observation 2" in text and "Observation 1" not in text
 
 
-@pytest.mark.parametrize("items, members", [(["x"], 0), ([], 4)])
-def test_empty_group_is_a_clear_error(config, items, members):
-    with pytest.raises(UserError, match="--group_size"):
-        common.plan_groups(items, config, members=members)
+@pytest.mark.parametrize("flags", [{"group_size": 0}, {"tasks": 0}])
+def test_empty_group_is_a_clear_error(flags):
+    with pytest.raises(UserError, match=f"--{next(iter(flags))} 0: must be at least 1"):
+        check(Config(**flags))
 
 
-def test_metrics_tell_the_arms_apart(paired_episodes, config):
+def test_metrics_tell_the_halves_apart(paired_episodes, config):
     for episode in paired_episodes:
         episode.success = bool(episode.skills)
-    advantages = common.episode_advantages(paired_episodes, config)
-    deltas = common.group_deltas(paired_episodes)
+    advantages = episode_advantages(paired_episodes, config)
+    deltas = group_deltas(paired_episodes)
     metrics = rollout_metrics(paired_episodes, advantages, config, deltas)
     assert (metrics["success_plain"], metrics["success_skill"], metrics["success"]) == (0, 1, 0.5)
     assert metrics["delta"] == 1 and metrics["paired_groups"] == 2 and metrics["episodes"] == 8
-    assert arms(metrics) == "success plain 0.00 skill 1.00  delta 1.00 in 2 groups"
-    plain = [dataclasses.replace(e, skills=()) for e in paired_episodes]
+    assert halves(metrics) == "success plain 0.00 skill 1.00  delta 1.00 in 2 groups"
+    plain = [dataclasses.replace(e, skills=[]) for e in paired_episodes]
     metrics = rollout_metrics(plain, advantages, config, {})
     assert metrics["success_skill"] is None and metrics["delta"] is None
-    assert "skill   -  " in arms(metrics)
+    assert "skill   -  " in halves(metrics)
 
 
 def test_every_logged_share_is_of_what_its_name_says(config):
     config.max_response_tokens = 3
-
-    def episode(group, success, *steps):
-        made = [Step("", [1], [1] * 4, "", [5] * n, [], "", valid, 0.0) for n, valid in steps]
-        return Episode("i", group, task_type="pick", steps=made, success=success)
-
-    played = [
-        episode("a", True, (3, True)),
-        episode("a", True, (1, True), (3, True), (2, False)),
-        episode("a", True, (2, True)),
-        episode("b", True, (2, True)),
-        episode("b", False, (2, True)),
-        episode("c", False, (2, True)),
-    ]
-    advantages = [
-        np.full(len(e.steps), value) for e, value in zip(played, (-9, 1, 1, 1, 1, 1), strict=True)
-    ]
+    played = []
+    for group, success, *steps in (  # (response tokens, valid) of each step
+        ("a", True, (3, True)),
+        ("a", True, (1, True), (3, True), (2, False)),
+        ("a", True, (2, True)),
+        ("b", True, (2, True)),
+        ("b", False, (2, True)),
+        ("c", False, (2, True)),
+    ):
+        made = [Step("", [1], [1] * 4, "", [5] * n, [], "", valid) for n, valid in steps]
+        played.append(Episode("i", group, task_type="pick", steps=made, success=success))
+    advantages = [np.full(len(e.steps), -9 if e is played[0] else 1) for e in played]
     metrics = rollout_metrics(played, advantages, config)
     assert metrics["no_contrast"] == pytest.approx(2 / 3)  # "a" and "c"
     assert metrics["invalid"] == pytest.approx(1 / 8)
@@ -263,11 +257,11 @@ def test_every_logged_share_is_of_what_its_name_says(config):
     assert 1 < metrics["advantage_p95"] < 9  # between the largest and the next, by size
 
 
-def test_an_item_is_never_changed_by_playing_it(games):
-    path = Path(envs.list_items("alfworld", "train", games)[0])
-    before = path.read_text()
-    first = envs.make_env("alfworld", str(path)).reset()
-    game = envs.make_env("alfworld", str(path))
+def test_an_item_is_never_changed_by_playing_it(items):
+    before = Path(items[0]).read_text()
+    first = envs.make_env("alfworld", items[0]).reset()
+    game = envs.make_env("alfworld", items[0])
     for action in game.reset().admissible:
         game.step(action)
-    assert envs.make_env("alfworld", str(path)).reset() == first and path.read_text() == before
+    assert envs.make_env("alfworld", items[0]).reset() == first
+    assert Path(items[0]).read_text() == before

@@ -1,14 +1,12 @@
 """The life of a skill, retrieval, what the bank takes in, Delta_g. Names tell the bug guarded."""
 
-import json
 import math
 import time
-from dataclasses import asdict, replace
 
 import pytest
 
-import common
-from common import Episode, Step
+import envs
+from common import Episode, Step, open_groups, put_skills
 from config import Config, UserError
 from skills import Skill, SkillBank, group_deltas, parse_skill, plain_successes
 from tests.faults import hostile
@@ -16,9 +14,11 @@ from worlds import alfworld
 
 
 def bank_of(*skills, **flags):
-    bank = SkillBank(Config(**flags))
-    bank.skills = list(skills)
-    return bank
+    return SkillBank(Config(**flags), skills)
+
+
+def active(condition="c", strategy="s", bucket="pick", **record):
+    return Skill(condition, strategy, bucket, status="active", **record)
 
 
 # --- life -----------------------------------------------------------------------------------------
@@ -63,37 +63,34 @@ def test_a_candidate_needs_more_than_the_threshold():
     assert (at.status, above.status) == ("candidate", "active")
 
 
-def test_one_good_evaluation_between_two_bad_ones_saves_a_skill():
-    skill = Skill("c", "s", "pick", status="active")
-    bank = bank_of(skill, ema=1.0, n_eval=1)
-    for delta in (-0.5, 0.5, -0.5):
-        bank.update(skill, delta)
-    assert skill.status == "active" and skill.below == 1
-    bank.update(skill, -0.5)
-    assert skill.status == "retired"
-
-
-def test_a_skill_is_not_retired_before_n_eval_evaluations():
+@pytest.mark.parametrize(
+    "n_eval, deltas, below",
+    [
+        (1, (-0.5, 0.5, -0.5), 1),  # one good evaluation between two bad ones saves it
+        (4, (-1.0,) * 4, 1),  # of n_eval evaluations the last is the first that counts
+    ],
+)
+def test_a_skill_is_retired_by_two_bad_evaluations_that_count_and_no_less(n_eval, deltas, below):
     skill = Skill("c", "s", "pick")
-    bank = bank_of(skill, ema=1.0, n_eval=4)
-    for _ in range(4):
-        bank.update(skill, -1.0)
-    assert skill.status == "candidate"  # the fourth is the first that counts
-    bank.update(skill, -1.0)
+    bank = bank_of(skill, ema=1.0, n_eval=n_eval)
+    for delta in deltas:
+        bank.update(skill, delta)
+    assert skill.status != "retired" and skill.below == below
+    bank.update(skill, -0.5)
     assert skill.status == "retired"
 
 
 def test_every_skill_of_a_group_is_credited_once_with_that_groups_delta():
     one, two, other = (Skill("c", f"s{i}", "pick") for i in range(3))
     bank = bank_of(one, two, other, ema=1.0)
-    episodes = [Episode("i", "g", (one, two)), Episode("i", "g", (one, two)), Episode("i", "g")]
-    episodes += [Episode("i", "h", (other,)), Episode("i", "h")]
+    episodes = [Episode("i", "g", [one, two]), Episode("i", "g", [one, two]), Episode("i", "g")]
+    episodes += [Episode("i", "h", [other]), Episode("i", "h")]
     bank.evaluate(episodes, {"g": 0.5, "h": -0.25})
     assert [s.deltas for s in bank.skills] == [[0.5], [0.5], [-0.25]]
 
 
-def test_without_validation_a_skill_is_active_at_once_and_stays(tmp_path):
-    bank = bank_of(validate=False, ema=1.0, n_eval=1)
+def test_without_validation_a_skill_is_active_at_once_and_stays():
+    bank = bank_of(without=["validation"], ema=1.0, n_eval=1)
     bank.add("it is dark", "use the lamp", "look")
     (skill,) = bank.skills
     assert skill.status == "active"
@@ -102,36 +99,26 @@ def test_without_validation_a_skill_is_active_at_once_and_stays(tmp_path):
     assert skill.status == "active" and skill.utility == -1.0
 
 
-def test_given_skills_are_active_and_carry_no_record(tmp_path):
-    old = bank_of(Skill("c", "s", "look", utility=-0.5, status="retired", n=9))
-    old.save(tmp_path / "skills.jsonl")
-    (skill,) = SkillBank.given(Config(given_skills=str(tmp_path / "skills.jsonl"))).skills
-    assert (skill.condition, skill.strategy, skill.bucket) == ("c", "s", "look")
-    assert (skill.status, skill.n, skill.utility) == ("active", 0, 0.0)
-    assert SkillBank.given(Config()).skills == []
-
-
 # --- Delta_g and the stored successes -------------------------------------------------------------
 
 
-def outcome(group, skills, success):
-    steps = [Step("saw", [1], [2], "", [3], [0.0], "look", True, 0.0)]
-    return Episode("i", group, skills, "t", "pick", steps, success)
+def outcome(group, uses_skill, success):
+    steps = [Step("saw", [1], [2], "", [3], [0.0], "look", True)]
+    skills = [Skill("c", "s", "pick")] if uses_skill else []
+    return Episode("i", group, skills, [], "t", "pick", steps, success=success)
 
 
 def test_delta_is_the_difference_of_the_halves_and_needs_both():
-    skill = (Skill("c", "s", "pick"),)
-    episodes = [outcome("g", skill, True), outcome("g", skill, True), outcome("g", (), True)]
-    episodes += [outcome("g", (), False), outcome("h", (), True), outcome("h", (), True)]
+    episodes = [outcome("g", True, True), outcome("g", True, True), outcome("g", False, True)]
+    episodes += [outcome("g", False, False), outcome("h", False, True), outcome("h", False, True)]
     assert group_deltas(episodes) == {"g": 0.5}
-    worse = [outcome("g", skill, False), outcome("g", (), True), outcome("h", skill, True)]
+    worse = [outcome("g", True, False), outcome("g", False, True), outcome("h", True, True)]
     assert group_deltas(worse) == {"g": -1.0}  # harm is negative; "h" has no plain half
 
 
 def test_mining_learns_from_plain_successes_only():
-    """What the skill arm solved says nothing new: its skill is known already."""
-    skill = (Skill("c", "s", "pick"),)
-    episodes = [outcome("a", skill, True), outcome("b", (), True), outcome("c", (), False)]
+    """What the skill half solved says nothing new: its skill is known already."""
+    episodes = [outcome("a", True, True), outcome("b", False, True), outcome("c", False, False)]
     (stored,) = plain_successes(episodes, 7)
     assert stored == {"task": "t", "task_type": "pick", "iteration": 7, "steps": [["saw", "look"]]}
 
@@ -139,87 +126,102 @@ def test_mining_learns_from_plain_successes_only():
 # --- retrieval ------------------------------------------------------------------------------------
 
 
-def test_retrieval_stays_in_the_bucket_with_one_candidate_at_most():
-    bank = bank_of(
-        Skill("a", "1", "heat"), Skill("b", "2", "heat"), Skill("c", "3", "cool", status="active")
-    )
-    bank.skills += [Skill(f"d{i}", f"{i}", "heat", status="active") for i in range(4)]
-    bank.config.candidate_alone = False
-    found = bank.retrieve("heat some egg", "heat")
-    assert len(found) == 3 and sum(s.status == "candidate" for s in found) == 1
-    assert {s.bucket for s in found} == {"heat"}
-    again = bank.retrieve("heat some egg", "heat")
-    assert found[0] is not again[0]  # the other candidate gets its turn
+def test_retrieval_stays_in_the_bucket_and_the_candidates_take_turns():
+    candidates = [Skill("a", "1", "heat"), Skill("b", "2", "heat")]
+    best = [active(f"d{i}", f"{i}", "heat") for i in range(4)]
+    bank = bank_of(*candidates, Skill("a", "9", "heat", status="retired"), active("c"), *best)
+    first = bank.retrieve("heat some egg", "heat")
+    bank.count_try(first)
+    assert first + bank.retrieve("heat some egg", "heat") == candidates
     only = bank.retrieve("heat some egg", "heat", statuses=("active",))
-    assert len(only) == 3 and all(s.status == "active" for s in only)
+    assert len(only) == 3 and set(map(id, only)) <= set(map(id, best))
+    assert bank.retrieve("cool some egg", "cool") == []
 
 
 def test_a_candidate_is_alone_in_the_prompt_so_that_delta_is_its_own():
     candidate = Skill("a", "1", "heat")
-    active = [Skill(f"d{i}", f"{i}", "heat", status="active", utility=0.5) for i in range(4)]
-    bank = bank_of(candidate, *active, n_eval=4)
-    for _ in range(4):
-        assert bank.retrieve("heat some egg", "heat") == [candidate]
-    turns = []
-    for _ in range(20):  # then both kinds get their turns, never together
+    best = [active(f"d{i}", f"{i}", "heat", utility=0.5) for i in range(4)]
+    bank = bank_of(candidate, *best, n_eval=4)
+
+    def carried():
         found = bank.retrieve("heat some egg", "heat")
-        assert found == [candidate] or all(s.status == "active" for s in found)
-        assert len(found) <= 3
-        turns.append(found == [candidate])
-    assert any(turns) and not all(turns)
+        bank.count_try(found)
+        return found
+
+    assert [carried() for _ in range(4)] == [[candidate]] * 4
+    later = [carried() for _ in range(20)]  # then both kinds get their turns, never together
+    assert [candidate] in later and any(candidate not in found for found in later)
+    for found in later:
+        assert found == [candidate] or all(s.status == "active" for s in found) and len(found) == 3
     candidate.retrieved = 9
-    active[0].retrieved = 10
-    active[0].utility = 0.9  # the best of the active ones is the measure, and no other
-    assert bank.retrieve("heat some egg", "heat") == [candidate]
-    assert bank.retrieve("heat some egg", "heat")[0] is active[0]
-
-
-def test_retired_skills_and_those_of_other_task_types_never_return():
-    bank = bank_of(
-        Skill("a", "1", "heat", status="retired"), Skill("b", "2", "cool", status="active")
-    )
-    assert bank.retrieve("heat some egg", "heat") == []
+    best[0].retrieved = 10
+    best[0].utility = 0.9  # the best of the active ones is the measure, and no other
+    assert carried() == [candidate]
+    assert carried()[0] is best[0]
 
 
 def test_the_skill_that_fits_the_task_and_the_more_useful_one_come_first():
-    lamp = Skill("a lamp is near", "1", "look", status="active")
-    shelf = Skill("a shelf is near", "2", "look", status="active")
-    bank = bank_of(lamp, shelf)
-    assert bank.retrieve("find the shelf", "look", k=1) == [shelf]
+    lamp, shelf = active("a lamp is near", "1"), active("a shelf is near", "2")
+    bank = bank_of(lamp, shelf, top_k=1)
+    assert bank.retrieve("find the shelf", "pick") == [shelf]
     lamp.utility = 0.9
-    assert bank.retrieve("find the shelf", "look", k=1) == [lamp]
-    assert bank.retrieve("find the shelf", "look", k=2) == [lamp, shelf]
+    assert bank.retrieve("find the shelf", "pick") == [lamp]
+    bank.config.top_k = 2
+    assert bank.retrieve("find the shelf", "pick") == [lamp, shelf]
 
 
 def test_a_skills_score_is_match_utility_and_bonus_of_its_bucket():
     """0.5 of the lexical match, u, and 0.1 of the bonus for the little-tried."""
-    skill = Skill("a", "1", "look", status="active", utility=0.3, retrieved=3)
-    other = Skill("a", "2", "look", status="active", retrieved=4)
-    bank = bank_of(skill, other, Skill("a", "3", "pick", retrieved=900))
+    skill, other = active("a", "1", utility=0.3, retrieved=3), active("a", "2", retrieved=4)
+    bank = bank_of(skill, other, Skill("a", "3", "look", retrieved=900))
     assert bank.value(skill) == pytest.approx(0.3 + 0.1 * (math.log(8) / 4) ** 0.5)
-    fits = Skill("find the shelf", "1", "look", status="active")
-    useful = Skill("x", "2", "look", status="active", utility=0.4)
-    bank = bank_of(fits, useful)
-    assert bank.retrieve("find the shelf", "look", k=1, training=False) == [fits]  # 0.5 > 0.4
+    fits, useful = active("find the shelf", "1"), active("x", "2", utility=0.4)
+    bank = bank_of(fits, useful, top_k=1)
+    assert bank.retrieve("find the shelf", "pick") == [fits]  # 0.5 > 0.4
     useful.utility = 0.55
-    assert bank.retrieve("find the shelf", "look", k=1, training=False) == [useful]
+    assert bank.retrieve("find the shelf", "pick") == [useful]
+    fits.retrieved = useful.retrieved = 50
+    new = active("x", "3", utility=0.52)
+    bank.skills.append(new)
+    assert bank.retrieve("find the shelf", "pick") == [new]
 
 
-def test_the_little_tried_get_a_bonus():
-    tried, new = (Skill("a", str(i), "look", status="active") for i in range(2))
-    tried.retrieved = 50
-    bank = bank_of(tried, new)
-    assert bank.value(new) > bank.value(tried)
-    assert bank.retrieve("task", "look", k=1) == [new]
+def test_only_a_group_that_carries_a_skill_counts_as_a_try():
+    bank = bank_of(active(), active("c", "t"))
+    found = bank.retrieve("task", "pick")
+    assert [s.retrieved for s in found] == [0, 0]
+    bank.count_try(found[:1])
+    assert [s.retrieved for s in found] == [1, 0]
 
 
-def test_only_retrieval_for_training_counts_as_a_try():
-    skill = Skill("a", "1", "look", status="active")
-    bank = bank_of(skill)
-    bank.retrieve("task", "look", training=False)
-    assert skill.retrieved == 0
-    bank.retrieve("task", "look")
-    assert skill.retrieved == 1
+# --- what the prompt shows of a skill -------------------------------------------------------------
+
+
+def test_the_prompt_shows_the_skill_or_nothing_or_another_or_as_many_neutral_words():
+    skill = active("the task is to heat", "take it to the microwave and heat it", "heat")
+    others = [active("a", "use the lamp", "look", utility=u) for u in (0.1, 0.5)]
+    gone = Skill("a", "gone", "cool", utility=0.9, status="retired")
+    near = active("a", "another of its task type", "heat", utility=0.9)
+    bank = bank_of(skill, *others, gone, near)
+
+    def shown(show, *skills):
+        bank.config.show = show
+        return bank.shown(skills)
+
+    assert shown("skill", skill) == [
+        ("the task is to heat", "take it to the microwave and heat it")
+    ]
+    assert shown("nothing", skill) == [] == shown("skill")
+    others[1].strategy = "the best of them"
+    assert shown("other", skill) == [("a", "the best of them")]
+    assert shown("other", others[0]) == [("a", "another of its task type")]
+    for words in (8, 30):
+        skill.strategy = "microwave " * words
+        ((condition, neutral),) = shown("neutral", skill)
+        assert condition == skill.condition and "microwave" not in neutral
+        assert len(neutral.split()) == words
+    bank.skills = [skill, near]
+    assert shown("other", skill) == []  # no other task type has one
 
 
 # --- the bank -------------------------------------------------------------------------------------
@@ -328,72 +330,33 @@ def test_hostile_strings_raise_nothing_and_take_no_second():
 
 def test_bank_survives_its_file(config, tmp_path):
     bank = SkillBank(config)
-    bank.add("c", "s", "pick", iteration=3)
+    for number, text in enumerate(["c'est la fin, 好", "open the fridge", "use the lamp"]):
+        bank.add("c", text, "pick", iteration=number)
     bank.update(bank.skills[0], 0.5)
-    bank.save(tmp_path / "skills.jsonl")
+    (tmp_path / "skills.jsonl").write_text(bank.dump())
     loaded = SkillBank.load(tmp_path, config)
-    assert vars(loaded.skills[0]) == vars(bank.skills[0])
+    assert list(map(vars, loaded.skills)) == list(map(vars, bank.skills))
     with pytest.raises(UserError, match="mine.py"):
         SkillBank.load(tmp_path / "nowhere", config)
 
 
-BROKEN_LINES = {
-    "no JSON": "{",
-    "no object": "[1]",
-    "a missing field": {"strategy": None},
-    "an unknown field": {"x": 1},
-    "a text that is a number": {"condition": 5},
-    "an empty text": {"strategy": " "},
-    "a control character": {"condition": "it is \x1b[31m"},
-    "half a character": {"bucket": "\ud800"},
-    "a number that is a text": {"utility": "x"},
-    "not a number": {"utility": float("nan")},
-    "an endless number": {"utility": 10**400},
-    "a truth value": {"n": True},
-    "a negative count": {"n": -1},
-    "no list": {"deltas": 5},
-    "a list of texts": {"deltas": ["x"]},
-    "an unknown status": {"status": "lost"},
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_LINES)
-@pytest.mark.parametrize("given", [False, True])
-def test_a_broken_line_of_a_skill_file_is_named_by_file_and_number(name, given, tmp_path):
-    """A hand-written or damaged file ended in a traceback, or later in the table."""
-    whole = asdict(Skill("c", "s", "pick"))
-    line = BROKEN_LINES[name]
-    if isinstance(line, dict):
-        line = json.dumps({k: v for k, v in (whole | line).items() if v is not None})
-    path = tmp_path / "skills.jsonl"
-    path.write_text(json.dumps(whole) + "\n\n" + line + "\n")
-    with pytest.raises(UserError, match="skills.jsonl, line 3: no skill") as error:
-        if given:
-            SkillBank.given(Config(given_skills=str(path)))
-        else:
-            SkillBank.load(tmp_path, Config())
-    assert str(error.value).isprintable()
-
-
-def test_a_given_skill_needs_three_fields_and_a_saved_one_all(tmp_path):
-    path = tmp_path / "skills.jsonl"
-    path.write_text('{"condition": "c", "strategy": "s", "bucket": "pick"}\n')
-    assert len(SkillBank.given(Config(given_skills=str(path))).skills) == 1
-    with pytest.raises(UserError, match="missing fields .*'utility'"):
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", "\udcff", "1e9", '{"x": 1}', '{"condition": "c", "strategy": "s"}']
+)
+def test_a_skill_file_with_a_line_that_is_no_skill_is_named(line, tmp_path):
+    """A damaged file ended in a traceback, or later in the table."""
+    text = '{"condition": "c", "strategy": "s", "bucket": "pick"}\n\n' + line
+    (tmp_path / "skills.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match="skills.jsonl(, line 3: not a JSON|: not the skills of)"):
         SkillBank.load(tmp_path, Config())
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="not readable as text"):
-        SkillBank.load(tmp_path, Config())
-    with pytest.raises(UserError, match="no such file"):
-        SkillBank.given(Config(given_skills=str(tmp_path / "nothing")))
 
 
 def test_counts_and_the_table_tell_the_statuses_apart():
     bank = bank_of(
         Skill("c", "gone", "pick", status="retired"), Skill("c", "new", "pick", utility=0.25)
     )
-    assert bank.count() == {"candidate": 1, "active": 0, "retired": 1}
-    assert bank.summary() == "1 candidate 0 active 1 retired"
+    assert bank.count() == {"active": 0, "candidate": 1, "retired": 1}
+    assert bank.summary() == "0 active 1 candidate 1 retired"
     lines = bank.table().split("\n")
     assert "new" in lines[1] and "+0.25" in lines[1] and "gone" in lines[2]
 
@@ -401,41 +364,21 @@ def test_counts_and_the_table_tell_the_statuses_apart():
 # --- retrieval in a phase -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "share, skilled", [(0, 0), (0.01, 1), (0.25, 1), (0.5, 2), (0.9, 3), (1, 4)]
-)
-def test_skill_share_is_the_share_of_a_group_that_carries_skills(share, skilled, config, games):
-    """A small share is one member: none would mine skills and never try them. A large one leaves a
-    plain member, or no skill ever had a Delta_g.
-    """
-    item = common.envs.list_items("alfworld", "train", games)[0]
-    settings = replace(config, skill_share=share, group_size=4)
-    bank = bank_of(Skill("b", "2", alfworld.task_type_of(item), status="active"))
-    (group,) = common.plan_groups([item], settings, bank=bank, statuses=("active",))
-    assert [bool(e.skills) for e in group] == [True] * skilled + [False] * (4 - skilled)
-
-
 def test_a_skill_is_chosen_for_the_task_and_not_for_its_type(config, games):
-    item = common.envs.list_items("alfworld", "train", games)[0]
-    task = common.envs.make_env("alfworld", item).reset().task
+    item = envs.list_items("alfworld", "train", games)[0]
     kind = alfworld.task_type_of(item)
-    fits = Skill(task, "1", kind, status="active")
-    typical = Skill(kind, "2", kind, status="active", utility=0.1)
-    config.top_k = 1
-    bank = bank_of(typical, fits)
-    (group,) = common.plan_groups([item], config, bank=bank, statuses=("active",))
-    assert group[0].skills == (fits,)
+    groups = open_groups([item], config)
+    fits, typical = active(groups[0][0].task, "1", kind), active(kind, "2", kind, utility=0.1)
+    put_skills(groups, bank_of(typical, fits, top_k=1), ("active",))
+    assert groups[0][0].skills == [fits]
 
 
-def test_a_phase_gets_the_skills_of_the_statuses_it_names(config, games):
-    items = common.envs.list_items("alfworld", "train", games)
-    item = next(i for i in items if "pick_and_place" in i)
-    candidate = Skill("a", "1", "pick")
-    active = Skill("b", "2", "pick", status="active")
-    bank = bank_of(candidate, active)
-    options = {"members": 4, "skilled": 2, "bank": bank}
-    (group,) = common.plan_groups([item], config, statuses=("active",), **options)
-    assert [e.skills for e in group] == [(active,), (active,), (), ()]
-    assert candidate.retrieved == 0 and active.retrieved == 1  # a group is one try
-    (group,) = common.plan_groups([item], config, statuses=("candidate", "active"), **options)
-    assert [e.skills for e in group] == [(candidate,), (candidate,), (), ()]
+def test_a_phase_gets_the_skills_of_the_statuses_it_names():
+    candidate, other = Skill("a", "1", "pick"), active("b", "2")
+    bank = bank_of(candidate, other)
+    for statuses, carried in ((("active",), other), (("candidate", "active"), candidate)):
+        group = [Episode("i", "g", task_type="pick") for _ in range(4)]
+        put_skills([group], bank, statuses)
+        assert [e.skills for e in group] == [[carried], [carried], [], []]
+        assert group[0].shown == [(carried.condition, carried.strategy)] and not group[2].shown
+        assert (other.retrieved, candidate.retrieved) == (1, carried is candidate)

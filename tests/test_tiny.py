@@ -1,5 +1,6 @@
 """The embedded default: demonstrations, tokenizer and the imitation that makes the tiny policy."""
 
+import itertools
 import json
 import random
 import re
@@ -13,10 +14,22 @@ import envs
 from config import UserError
 from runtime.policy import SHIPPED
 from skills import parse_skill
-from tiny import household, imitate, shop
+from tiny import imitate, lessons_shop
 from tiny.imitate import Lessons, train_policy
+from tiny.lessons_household import (
+    APPLIANCE_FOR,
+    demonstrate,
+    follow,
+    games_of,
+    kind_of,
+    lessons,
+    strategy_text,
+    usual_places,
+)
 from tiny.scratch import train_tokenizer
 from worlds import alfworld
+from worlds.household import make_game
+from worlds.shop import make_catalogue
 
 
 def solved(kind_wanted, plan, count=24):
@@ -25,9 +38,9 @@ def solved(kind_wanted, plan, count=24):
     rng = random.Random(0)
     wins = 0
     for number in range(count):
-        folder, data, _ = household.make_game(task_type, rng, number)
+        folder, data, _ = make_game(task_type, rng, number)
         game = alfworld.parse_game(data, f"{folder}/game.tw-pddl")
-        wins += household.demonstrate(alfworld.AlfWorld(game), plan, rng)[1]
+        wins += demonstrate(alfworld.AlfWorld(game), plan, rng)[1]
     return wins
 
 
@@ -50,47 +63,46 @@ def test_right_skills_solve_tasks_and_wrong_ones_do_not(kind, right, wrong):
 
 def test_a_skill_overrides_the_habit():
     habit = plan("microwave", True)
-    advice = household.strategy_text("clean", "sinkbasin", search="shelf")
-    assert household.follow([advice], habit, ["shelf", "bed"]) == plan("sinkbasin", False, "shelf")
-    second = household.strategy_text("pick2", complete=True)
-    assert household.follow([second], plan(), [])["complete"]
+    advice = strategy_text("clean", "sinkbasin", search="shelf")
+    assert follow([advice], habit, ["shelf", "bed"]) == plan("sinkbasin", False, "shelf")
+    second = strategy_text("pick2", complete=True)
+    assert follow([second], plan(), [])["complete"]
 
 
-@pytest.mark.parametrize("lessons, count", [(household.lessons, 600), (shop.lessons, 400)])
-def test_lessons_hold_plain_steps_skilled_steps_and_parsable_summaries(lessons, count):
-    pairs = lessons(count, seed=3)
+@pytest.mark.parametrize("teach, count", [(lessons, 600), (lessons_shop.lessons, 400)])
+def test_lessons_hold_plain_steps_steps_under_skills_and_parsable_summaries(teach, count):
+    pairs = teach(count, seed=3)
     summaries = [answer for _, answer in pairs if answer.startswith("{")]
-    skilled = [prompt for prompt, _ in pairs if "Experience that may help" in prompt]
-    assert len(pairs) == count and summaries and 0.25 * count < len(skilled) < 0.75 * count
+    with_skills = [prompt for prompt, _ in pairs if "Experience that may help" in prompt]
+    assert len(pairs) == count and summaries and 0.25 * count < len(with_skills) < 0.75 * count
     assert all(parse_skill(text) for text in summaries)
     assert all(envs.parse_action(answer)[1] for _, answer in pairs if answer not in summaries)
-    assert pairs == lessons(count, seed=3) != lessons(count, seed=4)
+    assert pairs == teach(count, seed=3) != teach(count, seed=4)
 
 
 def test_lessons_of_a_data_folder_show_its_training_games_only(games):
     """A lesson from the other split would leak the evaluation."""
     train = envs.list_items("alfworld", "train", games)
     first = {envs.make_env("alfworld", item).reset().text for item in train}
-    prompts = [prompt for prompt, _ in household.lessons(600, seed=3, data=games)]
+    prompts = [prompt for prompt, _ in lessons(600, seed=3, data=games)]
     shown = [p for p in prompts if "You observe: " in p]
     shown = {p.split("You observe: ")[1].split("\nAdmissible actions")[0] for p in shown}
     assert len(shown) > 6 and shown <= first
 
-    drawn = household.games_of(games, random.Random(0))
+    drawn = games_of(games, random.Random(0))
     drawn = [next(drawn) for _ in range(12)]
     assert {game.path for game in drawn} == set(train)
     assert len({game.task_type for game in drawn[:6]}) == 6  # the task types in turns
 
 
 def test_a_demonstrator_who_knows_solves_the_games_of_a_data_folder(games):
-    drawn = household.games_of(games, random.Random(0))
-    usual = household.usual_places([next(drawn) for _ in range(12)])
+    drawn = games_of(games, random.Random(0))
+    usual = usual_places([next(drawn) for _ in range(12)])
     rng = random.Random(0)
     wins = 0
-    for _ in range(24):
-        game = next(drawn)
-        right = plan(household.APPLIANCE_FOR.get(game.goal[0]), complete=True)
-        wins += household.demonstrate(alfworld.AlfWorld(game), right, rng, 50, usual)[1]
+    for game in itertools.islice(drawn, 24):
+        right = plan(APPLIANCE_FOR.get(game.goal[0]), complete=True)
+        wins += demonstrate(alfworld.AlfWorld(game), right, rng, 50, usual)[1]
     assert wins > 20
 
 
@@ -99,7 +111,7 @@ def test_receptacles_that_share_a_place_are_searched_and_filled():
     rng = random.Random(0)
     wins = 0
     for number in range(24):
-        folder, data, _ = household.make_game("pick_and_place_simple", rng, number)
+        folder, data, _ = make_game("pick_and_place_simple", rng, number)
         data["pddl_problem"] = re.sub(
             r"loc_bar_([1-9]\d*)_bar_\d_bar_\d_bar_60",
             lambda spot: f"loc_bar_{(int(spot[1]) + 1) // 2}_bar_9_bar_9_bar_60",
@@ -107,7 +119,7 @@ def test_receptacles_that_share_a_place_are_searched_and_filled():
         )
         game = alfworld.parse_game(data, f"{folder}/game.tw-pddl")
         assert max(len(receptacles) for receptacles in game.at.values()) == 2
-        wins += household.demonstrate(alfworld.AlfWorld(game), plan(), rng, 50, slips=0.0)[1]
+        wins += demonstrate(alfworld.AlfWorld(game), plan(), rng, 50, slips=0.0)[1]
     assert wins > 20
 
 
@@ -115,15 +127,15 @@ def test_the_search_leaves_out_what_never_holds_the_object(games):
     game = alfworld.load_game(envs.list_items("alfworld", "train", games)[0])
     target = game.goal[1].removesuffix("type")
     (place,) = {r for r, things in game.inside.items() for o in things if target in game.name[o]}
-    usual = {target: {household.kind_of(game.name[place])}}
-    steps, _ = household.demonstrate(
+    usual = {target: {kind_of(game.name[place])}}
+    steps, _ = demonstrate(
         alfworld.AlfWorld(game), plan(complete=True), random.Random(0), 3, usual, slips=0.0
     )
-    assert household.kind_of(steps[0][2].removeprefix("go to ")) in usual[target]
+    assert kind_of(steps[0][2].removeprefix("go to ")) in usual[target]
 
 
 def test_short_tokens_spell_the_same_text():
-    texts = [prompt + answer for prompt, answer in household.lessons(300, seed=3)]
+    texts = [prompt + answer for prompt, answer in lessons(300, seed=3)]
     long, short = train_tokenizer(texts), train_tokenizer(texts, short=True)
     ids = [tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in (long, short)]
     assert [short.decode(row) for row in ids[1]] == texts
@@ -133,24 +145,29 @@ def test_short_tokens_spell_the_same_text():
 # --- imitation ------------------------------------------------------------------------------------
 
 
-def lessons(out, **changes):
+def course(out, **changes):
+    """A short imitation."""
     small = {"seed": 1, "count": 96, "hidden": 32, "layers": 1}
     return Lessons(out=str(out), **small | changes)
+
+
+def same_weights(folder, *names) -> bool:
+    return len({(folder / name / "model.safetensors").read_bytes() for name in names}) == 1
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("", "--out"),
-        ("--out x --world shop", "webshop"),
-        ("--out x --world webshop --data y --difficulties 2", "leave it out"),
+        ("", "--out: name the folder"),
+        ("--out x --world shop", "--world shop: must be alfworld or webshop"),
+        ("--out x --difficulties 2", "--world webshop without --data"),
+        ("--out x --world webshop --data y --difficulties 2", "--world webshop without --data"),
+        ("--out x --world webshop --difficulties 2,9", "--difficulties 2,9: must be 1 or 2 or 3"),
         ("--out x --start y --model z", "not both"),
         ("--out x --modle y", "did you mean --model"),
-        ("--out x --count 0", "1 at least"),
-        ("--out x --world webshop --difficulties 2 9", "1 to 5 each"),
-        ("--out x --steps 0", "0.25 to 1"),
-        ("--out x --held_out 0", "1 at least"),
-        ("--out x --difficulties 2", "--world webshop"),
+        ("--out x --count 0", "--count 0: must be at least 1"),
+        ("--out x --held_out 0", "--held_out 0: must be at least 1"),
+        ("--out x --steps 0", "must be at least 0.25 and at most 1"),
     ],
 )
 def test_flags_that_do_not_fit_are_a_clear_error(flags, message, monkeypatch):
@@ -160,18 +177,16 @@ def test_flags_that_do_not_fit_are_a_clear_error(flags, message, monkeypatch):
 
 
 def test_a_short_version_of_the_training_command_learns_and_is_reproducible(tmp_path):
-    long = train_policy(lessons(tmp_path / "a", count=600))
-    short = train_policy(lessons(tmp_path / "b"))
-    again = train_policy(lessons(tmp_path / "c"))
+    long = train_policy(course(tmp_path / "a", count=600))
+    short, again = (train_policy(course(tmp_path / name)) for name in "bc")
     assert long["loss"] < short["loss"] - 0.5 and short == again
-    weights = [(tmp_path / d / "model.safetensors").read_bytes() for d in "bc"]
-    assert weights[0] == weights[1]
+    assert same_weights(tmp_path, "b", "c")
 
 
 def test_fewer_steps_leave_as_many_lessons_and_every_summary():
     """Of 1,200 lessons 60 were summaries: too few for a skill to name the step that mattered."""
     drawn = imitate.draw(Lessons(steps=0.4), 400, seed=3)
-    everything = household.lessons(1000, seed=3)
+    everything = lessons(1000, seed=3)
     wanted = [pair for pair in everything if imitate.is_summary(pair[1])]
     assert [pair for pair in drawn if imitate.is_summary(pair[1])] == wanted
     assert len(set(drawn)) == len(drawn) == 400 and set(drawn) <= set(everything)
@@ -180,25 +195,23 @@ def test_fewer_steps_leave_as_many_lessons_and_every_summary():
 
 def test_what_was_learned_is_measured_on_the_evaluation_split(tmp_path, monkeypatch):
     """Of the training goals of a small catalogue a policy knows the words by heart."""
-    folder = str(shop.make_catalogue(tmp_path / "shop", products=60, seed=1))
+    folder = str(make_catalogue(tmp_path / "shop", products=60, seed=1))
     splits = []
-    real = shop.lessons
-
-    def listen(count, seed, **how):
-        splits.append(how["split"])
-        return real(count, seed, **how)
-
-    monkeypatch.setattr(shop, "lessons", listen)
-    train_policy(lessons(tmp_path / "out", world="webshop", data=folder, count=16, held_out=2))
+    teach = lessons_shop.lessons
+    monkeypatch.setattr(
+        lessons_shop, "lessons", lambda *n, **how: splits.append(how["split"]) or teach(*n, **how)
+    )
+    train_policy(course(tmp_path / "out", world="webshop", data=folder, count=16, held_out=2))
     assert splits == ["train", "test"]
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_interrupted_imitation_ends_as_the_unbroken_one(pretrained, tmp_path, monkeypatch):
     """Weights, optimizers and the place in the lessons; a new start would train 3 batches twice."""
-    how = {"model": str(ROOT / SHIPPED["tiny"]), "rows": 16} if pretrained else {"rows": 16}
-    train_policy(lessons(tmp_path / "whole", **how))
-    broken = lessons(tmp_path / "broken", save_minutes=0.0, **how)
+    how = {"model": str(ROOT / SHIPPED["tiny-household"])} if pretrained else {}
+    how["rows"] = 16
+    train_policy(course(tmp_path / "whole", **how))
+    broken = course(tmp_path / "broken", save_minutes=0.0, **how)
     real = imitate.learn
     calls = []
 
@@ -213,19 +226,18 @@ def test_interrupted_imitation_ends_as_the_unbroken_one(pretrained, tmp_path, mo
         train_policy(broken)
     train_policy(broken)
     assert len(calls) == 4 + 3  # 6 batches, the fourth begun twice
-    weights = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("whole", "broken")]
-    assert weights[0] == weights[1]
+    assert same_weights(tmp_path, "whole", "broken")
     assert not (tmp_path / "broken" / "state.pt").exists()
 
     train_policy(broken)  # finished: nothing more is learned
     assert len(calls) == 7
     with pytest.raises(UserError, match="--count 96, not 97"):
-        train_policy(lessons(tmp_path / "broken", count=97, **how))
+        train_policy(course(tmp_path / "broken", count=97, **how))
 
 
 def test_a_pretrained_model_learns_its_responses_alone_with_its_own_tokenizer(policy):
     """A pretrained model needs no lesson in the prompt's words; a tiny one learns copying there."""
-    rows = imitate.make_rows(policy.tokenizer, household.lessons(8, seed=0))
+    rows = imitate.make_rows(policy.tokenizer, lessons(8, seed=0))
     losses = [imitate.imitation_losses(policy.model, rows, 0, kind) for kind in (False, True)]
     assert losses[0][0].item() == pytest.approx(losses[1][0].item(), rel=1e-5)
     assert losses[0][1] == 0 < losses[1][1]
@@ -239,26 +251,20 @@ def test_a_pretrained_model_learns_its_responses_alone_with_its_own_tokenizer(po
     assert own[1].item() == pytest.approx(-picked[:start].sum().item(), rel=1e-4)
 
 
-def test_prompts_are_lessons_for_a_tiny_policy_only(policy):
-    rows = imitate.make_rows(policy.tokenizer, household.lessons(4, seed=0))
-    assert imitate.learn(policy.model, rows, 0, Lessons())[1] > 0
+def test_prompts_are_lessons_for_a_tiny_policy_only_and_micro_batches_change_no_gradient(policy):
+    rows = imitate.make_rows(policy.tokenizer, lessons(8, seed=0))
     assert imitate.learn(policy.model, rows, 0, Lessons(model="any"))[1] == 0
-    policy.model.zero_grad()
-
-
-def test_micro_batches_change_nothing_of_the_gradient(policy):
-    rows = imitate.make_rows(policy.tokenizer, household.lessons(8, seed=0))
     gradients = []
     for micro_tokens in (300, 100_000):
         policy.model.zero_grad()
-        imitate.learn(policy.model, rows, 0, Lessons(micro_tokens=micro_tokens))
+        assert imitate.learn(policy.model, rows, 0, Lessons(micro_tokens=micro_tokens))[1] > 0
         gradients.append(policy.model.lm_head.weight.grad.clone())
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5)
 
 
-def test_the_measure_counts_what_the_shipped_policy_gets_right(policy):
+def test_the_measure_counts_what_is_right_and_well_formed(policy, monkeypatch):
     """It plays as its lessons showed, though it cannot know where the demonstrator looks first."""
-    pairs = household.lessons(60, seed=9)
+    pairs = lessons(60, seed=9)
     result = imitate.measure(policy.model, policy.tokenizer, pairs, Lessons())
     summaries = sum(answer.startswith("{") for _, answer in pairs)
     assert result["summaries"] == summaries and result["steps"] == 60 - summaries
@@ -266,10 +272,7 @@ def test_the_measure_counts_what_the_shipped_policy_gets_right(policy):
     assert 0.4 * result["steps"] < result["exact"] < result["steps"]
     shuffled = [(prompt, "<think></think><action>sing</action>") for prompt, _ in pairs]
     assert imitate.measure(policy.model, policy.tokenizer, shuffled, Lessons())["exact"] == 0
-
-
-def test_the_right_action_in_an_ill_formed_response_is_not_exact(policy, monkeypatch):
-    said = "<action>go north</action>"  # without a thought
+    said = "<action>go north</action>"  # the right action, but without a thought
     monkeypatch.setattr(imitate, "generate", lambda *given, **flags: [([1], [0.0], said)])
     wanted = [("a prompt", f"<think>Go.</think>{said}")]
     result = imitate.measure(policy.model, policy.tokenizer, wanted, Lessons())

@@ -19,7 +19,7 @@ def main(flags):
         more = ["--eval_items", "6"] if script is evaluate else []
         sys.argv = [f"{script.__name__}.py", *flags, *more]
         script.main()
-    parallel.stop()
+    parallel.destroy()
 
 
 if __name__ == "__main__":
