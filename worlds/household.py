@@ -1,13 +1,17 @@
 """The embedded household: small games in ALFWorld's format, which stock ALFWorld plays too.
 
-They are written in the domain and grammar of the `alfworld` package, into `runs/tiny-games`, in
-seconds, where they are missing.
+They have the domain and grammar of the `alfworld` package, and are written into `runs/tiny-games`,
+in seconds, where they are missing.
 """
 
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+
+from alfworld.gen import constants
+from alfworld.gen.goal_library import gdict
+from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
 
 from config import write_atomically
 from worlds import alfworld
@@ -43,6 +47,9 @@ OBJECTS = set(  # a small vocabulary for a small policy
     "CellPhone CreditCard KeyChain Laptop Newspaper Pen Pencil Pillow RemoteControl Watch Vase "
     "Cloth SoapBar SoapBottle SprayBottle ToiletPaper HandTowel Candle".split()
 )
+HOLDS = {  # receptacle: the objects that may lie in it
+    r: sorted(OBJECTS & objects) for r, objects in constants.VAL_RECEPTACLE_OBJECTS.items()
+}
 NEEDS = {  # task type: the trait its object must have
     "pick_clean_then_place_in_recep": "Cleanable",
     "pick_heat_then_place_in_recep": "Heatable",
@@ -63,46 +70,33 @@ class Room:
     placed: list  # (object, number of its receptacle)
 
 
-def contents() -> dict:
-    """Receptacle type -> the objects of the vocabulary that may lie in it, sorted."""
-    from alfworld.gen import constants
-
-    return {r: sorted(OBJECTS & objects) for r, objects in constants.VAL_RECEPTACLE_OBJECTS.items()}
-
-
 def possible_tasks(task_type, receptacles) -> list:
     """(object, receptacle where it must go), of objects that can also lie elsewhere in the room."""
-    from alfworld.gen import constants
-
-    holds = contents()
-    fits = constants.VAL_ACTION_OBJECTS.get(NEEDS.get(task_type))  # None: any object
-    tasks = []
-    for goal in receptacles:
-        for target in holds[goal]:
-            elsewhere = any(target in holds[r] for r in receptacles if r != goal)
-            if elsewhere and (fits is None or target in fits):
-                tasks.append((target, goal))
-    return tasks
+    fits = constants.VAL_ACTION_OBJECTS.get(NEEDS.get(task_type), OBJECTS)
+    return [
+        (target, goal)
+        for goal in receptacles
+        for target in HOLDS[goal]
+        if target in fits and any(target in HOLDS[r] for r in receptacles if r != goal)
+    ]
 
 
 def draw_room(task_type, rng) -> Room:
     """6 to 9 receptacles, zero to three objects in each, and a task that can be solved."""
-    holds = contents()
     kind = rng.choice(ROOMS_OF[task_type])
     always, optional = (names.split() for names in ROOMS[kind])
     more = rng.randint(6, 9) - len(always)
     receptacles = always + rng.sample(optional, min(len(optional), more))
-    lamp = ""
-    if task_type == "look_at_obj_in_light":
-        lamp = rng.choice(["DeskLamp", "FloorLamp"])
+    with_lamp = task_type == "look_at_obj_in_light"
+    lamp = rng.choice(["DeskLamp", "FloorLamp"]) if with_lamp else ""
     target, goal = rng.choice(possible_tasks(task_type, sorted(set(receptacles))))
-    elsewhere = [i for i, r in enumerate(receptacles) if r != goal and target in holds[r]]
+    elsewhere = [i for i, r in enumerate(receptacles) if r != goal and target in HOLDS[r]]
     copies = 2 if task_type == "pick_two_obj_and_place" else 1
     placed = [(target, rng.choice(elsewhere)) for _ in range(copies)]
     if lamp:
         placed.append((lamp, rng.randrange(len(receptacles))))
     for i, r in enumerate(receptacles):
-        others = [o for o in holds[r] if o != target]
+        others = [o for o in HOLDS[r] if o != target]
         count = rng.randint(0, 3)
         if others:
             placed += [(rng.choice(others), i) for _ in range(count)]
@@ -120,14 +114,12 @@ def identify(kind, rng) -> str:
 
 def write_problem(room: Room, rng, number) -> str:
     """The room as a PDDL problem, up to its goal."""
-    from alfworld.gen import constants
-
-    holds = contents()
     r_ids = [identify(r, rng) for r in room.receptacles]
     o_ids = [identify(o, rng) for o, _ in room.placed]
-    spots = []
-    for i in range(len(room.receptacles)):
-        spots.append(f"loc_bar_{i}_bar_{rng.randint(1, 9)}_bar_{rng.randint(0, 3)}_bar_60")
+    spots = [
+        f"loc_bar_{i}_bar_{rng.randint(1, 9)}_bar_{rng.randint(0, 3)}_bar_60"
+        for i in range(len(r_ids))
+    ]
     start = "loc_bar_0_bar_0_bar_0_bar_30"
     r_kinds = sorted(set(room.receptacles))
     o_kinds = sorted({room.target, *(o for o, _ in room.placed)})
@@ -146,7 +138,7 @@ def write_problem(room: Room, rng, number) -> str:
         traits = [t for t in TRAITS if o in constants.VAL_ACTION_OBJECTS[t]]
         facts += [f"({trait.lower()} {o_id})" for trait in traits]
     for r in r_kinds:
-        facts += [f"(canContain {r}Type {o}Type)" for o in o_kinds if o in holds[r]]
+        facts += [f"(canContain {r}Type {o}Type)" for o in o_kinds if o in HOLDS[r]]
 
     objects = {
         "agent": ["agent1"],
@@ -164,15 +156,7 @@ def write_problem(room: Room, rng, number) -> str:
 
 
 def make_game(task_type: str, rng: random.Random, number: int) -> tuple:
-    """One random solvable game -> (its folder under a split, the content of game.tw-pddl, of
-    traj_data.json).
-
-    It is written in the domain and grammar of the alfworld package; the walkthrough is found by a
-    planner that sees everything and proved by playing it.
-    """
-    from alfworld.gen.goal_library import gdict
-    from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
-
+    """One random solvable game -> (its folder under a split, game.tw-pddl, traj_data.json)."""
     room = draw_room(task_type, rng)
     problem = write_problem(room, rng, number)
     names = {"obj": room.target, "recep": room.goal, "toggle": room.lamp}
@@ -208,54 +192,38 @@ def solve(game: alfworld.Game) -> list:
     """The natural solution, by someone who sees into every receptacle; proved by playing it."""
     env = alfworld.AlfWorld(game)
     obs = env.reset()
-    kind, target, place = game.goal
+    kind = game.goal[0]
+    name = game.name
     plan = []
 
-    def do(action):
+    def do(*actions):
         nonlocal obs
-        assert action in obs.admissible, f"{game.path}: {action!r} is not admissible"
-        plan.append(action)
-        obs = env.step(action)[0]
-
-    def go(r):
-        if f"go to {game.name[r]}" in obs.admissible:  # else it stands here
-            do(f"go to {game.name[r]}")
-
-    def reach_into(r):
-        go(r)
-        if f"open {game.name[r]}" in obs.admissible:
-            do(f"open {game.name[r]}")
+        for action in actions:
+            if action in obs.admissible:  # else it stands there already, or that is open
+                plan.append(action)
+                obs = env.step(action)[0]
 
     place_of = {o: r for r, objects in game.inside.items() for o in objects}
-    wanted = [o for o in sorted(place_of) if target in game.otype[o]]
-    wanted = [o for o in wanted if place not in game.rtype[place_of[o]]]
-    goals = sorted(r for r in game.rtype if place in game.rtype[r])
-    if kind != "pick2":
-        wanted = wanted[:1]
-    for o in wanted[:2]:
-        reach_into(place_of[o])
-        do(f"take {game.name[o]} from {game.name[place_of[o]]}")
+    wanted = sorted(o for o in game.targets if place_of[o] not in game.places)
+    for o in wanted[: 2 if kind == "pick2" else 1]:
+        source = name[place_of[o]]
+        do(f"go to {source}", f"open {source}", f"take {name[o]} from {source}")
         if kind == "look":
-            lamp = next(o for o in sorted(place_of) if place in game.otype[o])
-            reach_into(place_of[lamp])
-            do(f"use {game.name[lamp]}")
+            lamp = min(game.places)
+            spot = name[place_of[lamp]]
+            do(f"go to {spot}", f"open {spot}", f"use {name[lamp]}")
             break
-        for verb, _, types in game.appliances:
-            if verb == kind:
-                appliance = next(r for r in sorted(game.rtype) if game.rtype[r] & types)
-                go(appliance)
-                do(f"{verb} {game.name[o]} with {game.name[appliance]}")
-        reach_into(goals[0])
-        do(f"move {game.name[o]} to {game.name[goals[0]]}")
+        if kind in game.appliances:
+            appliance = name[min(r for r in game.rtype if game.rtype[r] & game.appliances[kind])]
+            do(f"go to {appliance}", f"{kind} {name[o]} with {appliance}")
+        goal = name[min(game.places)]
+        do(f"go to {goal}", f"open {goal}", f"move {name[o]} to {goal}")
     assert env.won, f"{game.path}: the walkthrough does not win"
     return plan
 
 
 def make(root: Path, splits=SPLITS, seed: int = 0) -> Path:
-    """Write the missing splits under `root`, as $ALFWORLD_DATA, deterministic from the seed.
-
-    splits   {split: how many games}, one task type after the other
-    """
+    """Write the missing splits, {name: number of games}, under `root`; `seed` decides all."""
     for split, count in splits.items():
         folder = root / "json_2.1.1" / split
         if len(list(folder.glob("*/*/game.tw-pddl"))) >= count:
