@@ -440,9 +440,8 @@ def test_broken_data_is_one_clear_error(tmp_path, monkeypatch):
 def test_reading_in_small_blocks_gives_the_same_products(tmp_path):
     folder = tmp_path / "items_shuffle_9.json"
     folder.write_text(json.dumps(PRODUCTS, indent=1))
-    assert list(webshop.stream_json(folder, "[", block=7)) == PRODUCTS
-    folder.write_text(json.dumps(INSTRUCTIONS))
-    assert dict(webshop.stream_json(folder, "{", block=5)) == INSTRUCTIONS
+    for block in (5, 7):
+        assert list(webshop.stream_json(folder, block)) == PRODUCTS
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not here")
