@@ -10,12 +10,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-SENTENCES = [  # of the prompts of `envs.py`, beside a world's ROLE
-    "Your task is to:",
-    "The latest observations and your actions:",
-    envs.INSTRUCTION,
-]
-
 
 def train_tokenizer(texts, world="alfworld", short=False):
     """A byte-level BPE over words, numbers and punctuation; any text round-trips exactly.
@@ -48,8 +42,10 @@ def train_tokenizer(texts, world="alfworld", short=False):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tags = ["<think>", "</think>", "<action>", "</action>"]
-    whole = tags + [envs.world(world).ROLE, *SENTENCES] if short else tags
+    whole = ["<think>", "</think>", "<action>", "</action>"]
+    if short:
+        whole += [envs.world(world).ROLE, "Your task is to:"]
+        whole += ["The latest observations and your actions:", envs.INSTRUCTION]
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"

@@ -21,9 +21,9 @@ import itertools
 import math
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 from config import UserError, read_json
 from worlds import Observation
@@ -70,11 +70,6 @@ KNOWN_GOALS = {  # digest of the goal's shape -> the kind of goal
 }
 TASK = re.compile(r"Your task is to: ([\w ,.'-]+?)\.?\"")  # in a grammar: plain words, no code
 FACT = re.compile(r"\((\w+) ([\w ]+)\)", re.ASCII)
-TRAITS = (  # predicates of one object that the engine reads
-    "pickupable cleanable heatable coolable toggleable sliceable isReceptacleObject isClean isHot "
-    "isCool isToggled isSliced"
-).split()
-CHANGING = ("opened", "isClean", "isHot", "isCool", "isToggled", "isSliced")
 FACTS = {  # predicate of a start state -> the kinds of its arguments
     "atLocation": ("agent", "location"),
     "receptacleAtLocation": ("receptacle", "location"),
@@ -86,7 +81,11 @@ FACTS = {  # predicate of a start state -> the kinds of its arguments
     "objectAtLocation": ("object", "location"),
     "openable": ("receptacle",),
     "opened": ("receptacle",),
-} | dict.fromkeys(TRAITS, ("object",))
+} | dict.fromkeys(
+    "pickupable cleanable heatable coolable toggleable sliceable isReceptacleObject isClean isHot "
+    "isCool isToggled isSliced".split(),
+    ("object",),
+)
 
 
 def digest(text: str) -> str:
@@ -94,30 +93,8 @@ def digest(text: str) -> str:
     return hashlib.sha256("".join(text.split()).encode()).hexdigest()[:32]
 
 
-@dataclass
-class Game:
-    """The unchanging part of a game, shared by the members of a group. Ids are in lower case."""
-
-    path: str
-    task: str
-    task_type: str
-    goal: tuple  # (short task type, object type, receptacle or lamp type)
-    targets: set  # objects of the goal's type that can be treated as it asks
-    places: set  # receptacles, or lamps, of the goal's type
-    name: dict  # id -> the name in the text, "mug 2"
-    otype: dict  # object id -> set of object types
-    rtype: dict  # receptacle id -> set of receptacle types
-    can_contain: set  # (receptacle type, object type)
-    appliances: dict  # verb -> receptacle types that do it
-    traits: dict  # predicate ("pickupable", "openable", ...) -> set of ids
-    at: dict  # location -> sorted receptacles there
-    goto: dict  # location -> {"go to ...": action} that leave it
-    start: str  # the agent's first location
-    inside: dict  # receptacle -> objects in it at the start
-    lying: dict  # location -> objects recorded there at the start
-    held_inside: dict  # receptacle object (a bowl) -> objects inside it
-    help_text: str
-    walkthrough: list
+class Game(SimpleNamespace):
+    """The unchanging part of a game, shared by the members of a group: see `parse_game`."""
 
 
 @lru_cache(maxsize=1024)
@@ -127,9 +104,9 @@ def load_game(path: str) -> Game:
 
 
 def parse_game(data: dict, path: str) -> Game:
-    """The content of a `game.tw-pddl` -> Game. The folder in `path` gives the task type.
+    """The content of a `game.tw-pddl` -> Game; the folder in `path` gives the task type.
 
-    UserError as from `load_game`; a game that is returned can be played to its end.
+    UserError as from `load_game`: a game that is returned can be played to its end.
     """
     if not isinstance(data, dict):
         raise damaged(path, "no JSON object")
@@ -175,37 +152,35 @@ def parse_game(data: dict, path: str) -> Game:
         raise damaged(path, "its goal names two kinds of objects or places")
     otype = targets[-1]
     place = targets[0] if kind == "look" else places[0]  # the lamp is an object too
-    things, receptacles = (
-        multimap((t, i) for i, t in facts[name]) for name in ("objectType", "receptacleType")
-    )
-    names = readable_names({arg for args in facts.values() for fact in args for arg in fact})
-    traits = {trait: {f[0] for f in facts[trait]} for trait in (*TRAITS, "openable", "opened")}
+    things, receptacles = multimap(facts["objectType"], 1), multimap(facts["receptacleType"], 1)
+    name = readable_names({arg for args in facts.values() for fact in args for arg in fact})
+    traits = {t: {fact[0] for fact in facts[t]} for t, kinds in FACTS.items() if len(kinds) == 1}
     at = {loc: [r for r, there in located if there == loc] for _, loc in located}
-    everywhere = {f"go to {names[r]}": ("go", loc, r) for r, loc in located}
+    goto = {f"go to {name[r]}": ("go", loc, r) for r, loc in located}
     help_text = re.search(r"(Available commands:.*?)\"", grammar.replace("\\n", "\n"), re.S)
-    game = Game(
+    game = Game(  # ids are in lower case
         path=str(path),
         task=task.group(1),
         task_type=task_type,
-        goal=(kind, otype, place),
-        targets=things[otype] & traits.get(f"{kind}able", things[otype]),  # "cleanable", ...
+        goal=(kind, otype, place),  # (short task type, object type, receptacle or lamp type)
+        targets=things[otype] & traits.get(f"{kind}able", things[otype]),  # that can be treated
         places=things[place] & traits["toggleable"] if kind == "look" else receptacles[place],
-        name=names,
-        otype=multimap(facts["objectType"]),
-        rtype=multimap(facts["receptacleType"]),
-        can_contain=facts["canContain"],
+        name=name,  # id -> the name in the text, "mug 2"
+        otype=multimap(facts["objectType"]),  # object -> its types
+        rtype=multimap(facts["receptacleType"]),  # receptacle -> its types
+        can_contain=facts["canContain"],  # (receptacle type, object type)
         appliances={"clean": cleaners, "heat": {"microwavetype"}, "cool": {"fridgetype"}},
-        traits=traits,
-        at=at,
-        goto={
-            here: {text: go for text, go in everywhere.items() if go[1] != here}
+        traits=traits,  # predicate ("pickupable", "openable", ...) -> ids
+        at=at,  # location -> sorted receptacles there
+        goto={  # location -> {"go to ...": action} that leave it
+            here: {text: action for text, action in goto.items() if action[1] != here}
             for here in {start, *at}
         },
-        start=start,
-        inside=multimap((r, o) for o, r in facts["inReceptacle"]),
-        lying=multimap((loc, o) for o, loc in facts["objectAtLocation"]),
-        held_inside=multimap((outer, o) for o, outer in facts["inReceptacleObject"]),
-        help_text=help_text.group(1) if help_text else "",
+        start=start,  # the agent's first location
+        inside=multimap(facts["inReceptacle"], 1),  # receptacle -> objects in it at the start
+        lying=multimap(facts["objectAtLocation"], 1),  # location -> objects recorded there
+        held_inside=multimap(facts["inReceptacleObject"], 1),  # an object (a bowl) -> objects in it
+        help_text=help_text.group(1),
         walkthrough=walkthrough,
     )
     check_goal(game)
@@ -219,10 +194,9 @@ def damaged(path, what) -> UserError:
 def read_facts(head, init, path) -> dict:
     """The start state of a PDDL problem -> {predicate: its tuples of ids}, in lower case.
 
-    head   the text before it, which declares every id with its kind
-    init   the text of the state
+    head   the text before it, which declares the kind of every id
 
-    UserError for a fact that is none of FACTS or has an undeclared id, and for anything else there.
+    UserError for anything that is none of FACTS, or has an undeclared id.
     """
     kinds = dict(re.findall(r"(\w+) - (\w+)", head.lower()))
     facts = defaultdict(set)
@@ -253,11 +227,11 @@ def check_goal(game):
         raise damaged(game.path, "its goal is reached at the start")
 
 
-def multimap(pairs) -> dict:
-    """{(a, b), ...} -> {a: {b, ...}}, an empty set for what is not there."""
+def multimap(pairs, key=0) -> dict:
+    """{(a, b), ...} -> {a: {b, ...}}, or by b with key 1; an empty set for what is not there."""
     result = defaultdict(set)
-    for a, b in pairs:
-        result[a].add(b)
+    for pair in pairs:
+        result[pair[key]].add(pair[1 - key])
     return result
 
 
@@ -306,7 +280,8 @@ class AlfWorld:
         self.inside = defaultdict(set, {r: set(objects) for r, objects in game.inside.items()})
         self.lying = defaultdict(set, {loc: set(objects) for loc, objects in game.lying.items()})
         self.removed = set()  # (object, receptacle): was taken from there and not put back
-        self.now = {trait: set(game.traits[trait]) for trait in CHANGING}
+        changing = (gained for _, gained, _ in CHANGES.values() if gained)
+        self.now = {trait: set(game.traits[trait]) for trait in changing}  # that hold now
         self.won = self.at_goal()
         return self.observe(self.look(intro=True) + f"\n\nYour task is to: {game.task}.")
 
@@ -349,7 +324,8 @@ class AlfWorld:
                     commands[f"use {name[o]}"] = ("use", o, r)
             if held is None:
                 continue
-            if reachable and self.fits(held, r):
+            pairs = itertools.product(game.rtype[r], game.otype[held])
+            if reachable and not game.can_contain.isdisjoint(pairs):
                 commands[f"move {name[held]} to {name[r]}"] = ("move", held, r)
             for verb, kinds in game.appliances.items():
                 if held in traits[f"{verb}able"] and game.rtype[r] & kinds:
@@ -360,11 +336,6 @@ class AlfWorld:
                 for o in self.lying[self.location] & traits["sliceable"]:
                     commands[f"slice {name[o]} with {name[held]}"] = ("slice", o, held)
         return commands
-
-    def fits(self, o, r) -> bool:
-        """Whether the receptacle is of a kind that can contain the object."""
-        pairs = itertools.product(self.game.rtype[r], self.game.otype[o])
-        return any(pair in self.game.can_contain for pair in pairs)
 
     def apply(self, verb, a, b) -> str:
         """The effects of one PDDL action, and the sentence the grammar gives it."""
@@ -430,8 +401,10 @@ class AlfWorld:
         return f"There's nothing special about {name[o]}."
 
     def look(self, intro=False) -> str:
-        """What stands here and what was put back here since. Where nothing stands, the intro lists
-        the whole room, while a later `look` sees nothing (a quirk of the grammar).
+        """What stands here, and what was taken from it and put down next to it.
+
+        In the middle of the room the intro lists the whole room, and a later `look` sees nothing (a
+        quirk of the grammar).
         """
         game = self.game
         here = game.at.get(self.location, ())
@@ -474,8 +447,7 @@ def listing(names, article="a ") -> str:
 class TextWorldGame:
     """The same game through the stock alfworld package, slow, the reference.
 
-    trusted   play also what is not ALFWorld's own: expressions in the grammar of the file run as
-              Python, with all rights of this process
+    trusted   play any file: the expressions in its grammar run as Python, with all your rights
     """
 
     def __init__(self, path: str, trusted: bool = False):
@@ -518,12 +490,10 @@ class TextWorldGame:
 
 
 def open_item(item: str, engine: str = "fast"):
-    """One game by the path of its `game.tw-pddl`, read completely.
+    """One game by the path of its `game.tw-pddl`. UserError for one that is damaged or foreign.
 
-    engine   "fast", or "textworld", the stock one, both for ALFWorld's own domain and grammar; or
-             "textworld-trusted", the stock one for any file, whose code then runs
-
-    UserError for another engine, and for a game that is damaged or not ALFWorld's own.
+    engine   "fast"; "textworld", the stock one; "textworld-trusted", the stock one for any file,
+             whose code then runs
     """
     if engine in ("textworld", "textworld-trusted"):
         return TextWorldGame(item, trusted=engine == "textworld-trusted")

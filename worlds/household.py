@@ -6,7 +6,6 @@ in seconds, where they are missing.
 
 import json
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 from alfworld.gen import constants
@@ -18,21 +17,14 @@ from worlds import alfworld
 
 SPLITS = {"train": 900, "valid_seen": 480}  # games of each split, one task type after the other
 
-ROOMS = {  # kind of room: (receptacles it always has, receptacles to draw from)
-    "kitchen": (
-        "Fridge Microwave SinkBasin",
-        "CounterTop CounterTop Cabinet Cabinet Drawer Shelf DiningTable GarbageCan SideTable",
-    ),
-    "livingroom": (
-        "",
-        "Sofa ArmChair CoffeeTable SideTable Shelf Shelf Drawer Cabinet DiningTable GarbageCan "
-        "Dresser",
-    ),
-    "bedroom": ("", "Bed Desk Desk Drawer Drawer Dresser Shelf SideTable GarbageCan ArmChair"),
-    "bathroom": (
-        "SinkBasin",
-        "CounterTop Cabinet Cabinet Drawer Toilet GarbageCan Shelf SideTable",
-    ),
+FIXED = {"kitchen": "Fridge Microwave SinkBasin", "bathroom": "SinkBasin"}  # it always has them
+ROOMS = {  # kind of room: receptacles to draw from
+    "kitchen": "CounterTop CounterTop Cabinet Cabinet Drawer Shelf DiningTable GarbageCan "
+    "SideTable",
+    "livingroom": "Sofa ArmChair CoffeeTable SideTable Shelf Shelf Drawer Cabinet DiningTable "
+    "GarbageCan Dresser",
+    "bedroom": "Bed Desk Desk Drawer Drawer Dresser Shelf SideTable GarbageCan ArmChair",
+    "bathroom": "CounterTop Cabinet Cabinet Drawer Toilet GarbageCan Shelf SideTable",
 }
 ROOMS_OF = {  # task type: where it can be played
     "pick_and_place_simple": ["kitchen", "livingroom", "bedroom", "bathroom"],
@@ -58,18 +50,6 @@ NEEDS = {  # task type: the trait its object must have
 TRAITS = ("Cleanable", "Heatable", "Coolable", "Sliceable")  # that the games declare
 
 
-@dataclass
-class Room:
-    """A room and the task in it, everything by its type."""
-
-    kind: str
-    receptacles: list
-    target: str  # the object of the task
-    goal: str  # the receptacle where it must go; unused where there is a lamp
-    lamp: str  # to look at it; "" in other tasks
-    placed: list  # (object, number of its receptacle)
-
-
 def possible_tasks(task_type, receptacles) -> list:
     """(object, receptacle where it must go), of objects that can also lie elsewhere in the room."""
     fits = constants.VAL_ACTION_OBJECTS.get(NEEDS.get(task_type), OBJECTS)
@@ -81,10 +61,14 @@ def possible_tasks(task_type, receptacles) -> list:
     ]
 
 
-def draw_room(task_type, rng) -> Room:
-    """6 to 9 receptacles, zero to three objects in each, and a task that can be solved."""
+def draw_room(task_type, rng) -> tuple:
+    """6 to 9 receptacles, zero to three objects in each, and a task that can be solved.
+
+    -> (kind of room, its receptacles, the object of the task, the receptacle where it must go, the
+    lamp to look at it or "", [(object, number of its receptacle), ...]), everything by its type
+    """
     kind = rng.choice(ROOMS_OF[task_type])
-    always, optional = (names.split() for names in ROOMS[kind])
+    always, optional = FIXED.get(kind, "").split(), ROOMS[kind].split()
     more = rng.randint(6, 9) - len(always)
     receptacles = always + rng.sample(optional, min(len(optional), more))
     with_lamp = task_type == "look_at_obj_in_light"
@@ -100,7 +84,7 @@ def draw_room(task_type, rng) -> Room:
         count = rng.randint(0, 3)
         if others:
             placed += [(rng.choice(others), i) for _ in range(count)]
-    return Room(kind, receptacles, target, goal, lamp, placed)
+    return kind, receptacles, target, goal, lamp, placed
 
 
 def identify(kind, rng) -> str:
@@ -112,29 +96,29 @@ def identify(kind, rng) -> str:
     return kind.removesuffix("Basin") + where + (f"_bar_{kind}" if kind.endswith("Basin") else "")
 
 
-def write_problem(room: Room, rng, number) -> str:
+def write_problem(receptacles, target, lamp, placed, rng, number) -> str:
     """The room as a PDDL problem, up to its goal."""
-    r_ids = [identify(r, rng) for r in room.receptacles]
-    o_ids = [identify(o, rng) for o, _ in room.placed]
+    r_ids = [identify(r, rng) for r in receptacles]
+    o_ids = [identify(o, rng) for o, _ in placed]
     spots = [
         f"loc_bar_{i}_bar_{rng.randint(1, 9)}_bar_{rng.randint(0, 3)}_bar_60"
         for i in range(len(r_ids))
     ]
     start = "loc_bar_0_bar_0_bar_0_bar_30"
-    r_kinds = sorted(set(room.receptacles))
-    o_kinds = sorted({room.target, *(o for o, _ in room.placed)})
+    r_kinds = sorted(set(receptacles))
+    o_kinds = sorted({target, *(o for o, _ in placed)})
 
     facts = [f"(atLocation agent1 {start})"]
-    for r, r_id, spot in zip(room.receptacles, r_ids, spots, strict=True):
+    for r, r_id, spot in zip(receptacles, r_ids, spots, strict=True):
         facts.append(f"(receptacleType {r_id} {r}Type)")
         facts.append(f"(receptacleAtLocation {r_id} {spot})")
         if r in constants.OPENABLE_CLASS_LIST:
             facts.append(f"(openable {r_id})")
-    for (o, i), o_id in zip(room.placed, o_ids, strict=True):
+    for (o, i), o_id in zip(placed, o_ids, strict=True):
         facts.append(f"(objectType {o_id} {o}Type)")
         facts.append(f"(inReceptacle {o_id} {r_ids[i]})")
         facts.append(f"(objectAtLocation {o_id} {spots[i]})")
-        facts.append(f"(toggleable {o_id})" if o == room.lamp else f"(pickupable {o_id})")
+        facts.append(f"(toggleable {o_id})" if o == lamp else f"(pickupable {o_id})")
         traits = [t for t in TRAITS if o in constants.VAL_ACTION_OBJECTS[t]]
         facts += [f"({trait.lower()} {o_id})" for trait in traits]
     for r in r_kinds:
@@ -157,14 +141,14 @@ def write_problem(room: Room, rng, number) -> str:
 
 def make_game(task_type: str, rng: random.Random, number: int) -> tuple:
     """One random solvable game -> (its folder under a split, game.tw-pddl, traj_data.json)."""
-    room = draw_room(task_type, rng)
-    problem = write_problem(room, rng, number)
-    names = {"obj": room.target, "recep": room.goal, "toggle": room.lamp}
+    kind, receptacles, target, goal, lamp, placed = draw_room(task_type, rng)
+    problem = write_problem(receptacles, target, lamp, placed, rng, number)
+    names = {"obj": target, "recep": goal, "toggle": lamp}
     wish = gdict[task_type]["pddl"].format(**names).replace("#", "-")
     spoken = {name: word.lower() for name, word in names.items()}
     task = rng.choice(gdict[task_type]["templates"]).format(**spoken)
-    end = room.lamp or room.goal
-    folder = f"{task_type}-{room.target}-None-{end}-{number}/trial_T{number:08d}"
+    end = lamp or goal
+    folder = f"{task_type}-{target}-None-{end}-{number}/trial_T{number:08d}"
     data = {
         "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(),
         "grammar": Path(ALFRED_TWL2_PATH).read_text().replace("UNKNOWN GOAL", task),
@@ -175,11 +159,11 @@ def make_game(task_type: str, rng: random.Random, number: int) -> tuple:
     trajectory = {
         "task_type": task_type,
         "task_id": folder,
-        "scene": {"floor_plan": room.kind},
+        "scene": {"floor_plan": kind},
         "pddl_params": {
-            "object_target": room.target,
-            "parent_target": "" if room.lamp else room.goal,
-            "toggle_target": room.lamp,
+            "object_target": target,
+            "parent_target": "" if lamp else goal,
+            "toggle_target": lamp,
             "mrecep_target": "",
             "object_sliced": False,
         },
