@@ -459,7 +459,7 @@ def test_equals_the_original_on_its_recorded_sessions(tmp_path, monkeypatch):
     for session in sessions:
         goal = catalogue.goal(names[session["goal_index"]])
         assert goal == session["goal"] | {"weight": pytest.approx(session["goal"]["weight"])}
-        env = envs.make_env("webshop", session["goal"])
+        env = webshop.WebShop(session["goal"], catalogue)
         for expected in session["steps"]:
             if expected["action"] is None:
                 obs = env.reset()

@@ -62,7 +62,7 @@ GOAL_SEED = 0  # of the one shuffle of the goals
 RESULTS = 50  # of a search, at most
 PER_PAGE = 10
 CACHE = Path("runs/webshop-cache")
-FORMAT = 3  # raise it when what is cached changes
+FORMAT = 4  # raise it when what is cached changes
 ASIN = re.compile(r"[0-9A-Z]{1,10}")  # the id of a product
 STALE = 3600  # seconds after which the unfinished cache of another process counts as abandoned
 
@@ -87,7 +87,7 @@ TOKEN = regex.compile(
     r"|\p{Script=Han}|\p{Script=Hiragana}"
     rf"|{PICTURE}(?:\uFE0F|\p{{Emoji_Modifier}}|\u200D{PICTURE})*"
 )
-LONGEST_TOKEN = 255  # characters; Lucene cuts a longer one into pieces
+LONGEST = 255  # characters; Lucene cuts a longer one into pieces
 STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then "
     "there these they this to was will with".split()
@@ -110,11 +110,8 @@ def analyze(text: str) -> list:
     >>> analyze("The dog's 3.5-inch RUNNING shoes")
     ['dog', '3.5', 'inch', 'run', 'shoe']
     """
-    terms = []
-    for token in TOKEN.findall(text):
-        for start in range(0, len(token), LONGEST_TOKEN):
-            terms.append(term_of(token[start : start + LONGEST_TOKEN]))
-    return [term for term in terms if term]
+    pieces = (t[i : i + LONGEST] for t in TOKEN.findall(text) for i in range(0, len(t), LONGEST))
+    return [term for term in map(term_of, pieces) if term]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,10 +146,7 @@ class Index:
 
     @staticmethod
     def build(documents, ids, folder):
-        """Write the index of an iterable of texts; its arrays hold 8 bytes for each posting.
-
-        UserError where there is not one word to search for.
-        """
+        """Write the index of an iterable of texts. UserError where there is no word in them."""
         terms = {}  # term -> its number
         lengths = []
         columns = [array.array("i") for _ in range(3)]  # term, document, frequency
@@ -351,7 +345,7 @@ def write_cache(folder, part):
     human = read_object(human_files[0]) if human_files else {}
     offsets = [0]
     prices = {}  # id -> [price] or [lowest, highest]
-    instructed = []
+    counts = []  # of each product: synthetic goals, None without an instruction, and human goals
     uses = Counter()  # attribute -> goals that have it
     path = part / "products.jsonl"
     source = find_file(folder, "items_shuffle*.json")
@@ -372,15 +366,15 @@ def write_cache(folder, part):
             file.write(line)
             offsets.append(offsets[-1] + len(line))
             prices[asin] = product["prices"]
-            synthetic = None  # how many values each option of the goals has; None without goals
+            n_synthetic = None
             if product["instruction"] is not None:
-                synthetic = [len(values) for _, values in sorted(product["options"].items())]
+                n_synthetic = math.prod(map(len, product["options"].values()))
                 for attribute in product["instruction_attributes"]:
-                    uses[attribute] += math.prod(synthetic)
-            instructed.append((synthetic, len(product["human"]), product["category"]))
+                    uses[attribute] += n_synthetic
+            counts.append((n_synthetic, len(product["human"])))
     ids = list(prices)
-    drawn = draw_prices(prices.values(), instructed)
-    table = {"ids": ids, **drawn, "instructed": instructed, "uses": uses}
+    drawn = draw_prices(prices.values(), counts)
+    table = {"ids": ids, **drawn, "counts": counts, "uses": uses}
     (part / "table.json").write_text(json.dumps(table))
     np.save(part / "offsets.npy", np.array(offsets))
     with open(path, "rb") as file:
@@ -406,17 +400,17 @@ def is_intact(cache) -> bool:
         return False
 
 
-def draw_prices(prices, instructed) -> dict:
+def draw_prices(prices, counts) -> dict:
     """A price for each product and a limit for each goal, in the original's order of draws: all
     prices, then the limits, which start anew for the human goals.
     """
     rng = random.Random(SEED)
     drawn = [p[0] if len(p) == 1 else rng.uniform(*p) for p in prices]
-    goals = list(zip(drawn, instructed, strict=True))
+    goals = list(zip(drawn, counts, strict=True))
     state = rng.getstate()
-    limits = [None if options is None else price_limit(p, rng) for p, (options, _, _) in goals]
+    limits = [None if n is None else price_limit(p, rng) for p, (n, _) in goals]
     rng.setstate(state)
-    human_limits = [[price_limit(p, rng) for _ in range(n)] for p, (_, n, _) in goals]
+    human_limits = [[price_limit(p, rng) for _ in range(n)] for p, (_, n) in goals]
     return {"prices": drawn, "limits": limits, "human_limits": human_limits}
 
 
@@ -429,7 +423,7 @@ class Catalogue:
         self.prices = table["prices"]
         self.limits = table["limits"]
         self.human_limits = table["human_limits"]
-        self.instructed = table["instructed"]  # (values per option or None, human goals, category)
+        self.counts = table["counts"]  # (synthetic goals or None, human goals)
         self.uses = table["uses"]
         self.number = {asin: i for i, asin in enumerate(self.ids)}
         self.index = Index(cache)
@@ -459,30 +453,28 @@ class Catalogue:
     def goal_names(self, human=False) -> list:
         """Every goal as "<asin>/<number>" ("<asin>/human-<number>"), shuffled once."""
         names = []
-        for asin, (options, n_human, _) in zip(self.ids, self.instructed, strict=True):
-            if human:
-                names += [f"{asin}/human-{i}" for i in range(n_human)]
-            elif options is not None:
-                names += [f"{asin}/{i}" for i in range(math.prod(options))]
+        for asin, (n_synthetic, n_human) in zip(self.ids, self.counts, strict=True):
+            numbers = range(n_human if human else n_synthetic or 0)
+            names += [f"{asin}/{'human-' * human}{i}" for i in numbers]
         random.Random(GOAL_SEED).shuffle(names)
         return names
 
-    def split(self, name: str, human=False, verl=False, size=500) -> list[str]:
+    def split(self, name: str, human=False, verl=False) -> list[str]:
         """Goals of "train" or "test".
 
-        An eighth of the products with goals is held out, and up to `size` of their goals are the
-        test; no product is in both. With `verl` the first `size` goals of the shuffle are the test,
-        as in verl-agent; on the small catalogue training then sees 121 of the 128 test products.
+        An eighth of the products with goals is held out, and up to 500 of their goals are the test;
+        no product is in both. With `verl` the first 500 goals of the shuffle are the test, as in
+        verl-agent; on the small catalogue training then sees 121 of the 128 test products.
         """
         names = self.goal_names(human)
         if verl:
-            size = min(size, len(names) // 2)
+            size = min(500, len(names) // 2)
             return names[:size] if name == "test" else names[size:]
         products = sorted({n.split("/")[0] for n in names})
         random.Random(GOAL_SEED).shuffle(products)
         held_out = set(products[: max(1, len(products) // 8)])
         if name == "test":
-            return [n for n in names if n.split("/")[0] in held_out][:size]
+            return [n for n in names if n.split("/")[0] in held_out][:500]
         return [n for n in names if n.split("/")[0] not in held_out]
 
     def goal(self, name: str) -> dict:
@@ -492,9 +484,8 @@ class Catalogue:
             raise UserError(f"goal {name}: no product {asin} in this catalogue; list goals again")
         number = self.number[asin]
         product = self.product(number)
-        values, n_human, _ = self.instructed[number]
         human = which.startswith("human-")
-        count = n_human if human else 0 if values is None else math.prod(values)
+        count = self.counts[number][human] or 0
         k = which.removeprefix("human-")
         if not k.isdecimal() or int(k) >= count:
             raise UserError(f"goal {name}: product {asin} has no such goal; list goals again")
@@ -565,9 +556,7 @@ COLORS = (  # in the original's order: the first one contained in a value replac
 
 
 def normalize_color(value):
-    """The first colour word that `value` contains: of a string as a substring ("standard" is
-    "tan"), of a (name, value) pair as one of the two. `value` itself where there is none.
-    """
+    """The first color in a string ("standard" has "tan") or pair; `value` itself without one."""
     return next((color for color in COLORS if color in value), value)
 
 
@@ -716,10 +705,7 @@ class WebShop:
         return Observation(self.page, task, category, tuple(admissible), "webshop")
 
     def show(self, kind, parts, buttons, links=(), options=()):
-        """Make a page of text parts.
-
-        clickables   what can be clicked -> the option's name for one of its values, else None
-        """
+        """Make a page of text parts, and of buttons, links and option values to click."""
         head = ["WebShop"] if kind == "search" else []
         head += ["Instruction:", self.goal["instruction_text"]]
         visible = [p.strip() for p in head + parts if p not in ("", "\n")]
@@ -728,6 +714,7 @@ class WebShop:
             self.asin = None
             self.options = {}
         self.page = " [SEP] ".join(visible)
+        # what can be clicked -> the option's name for one of its values, else None
         self.clickables = dict.fromkeys(name.lower() for name in [*buttons, *links])
         self.clickables |= {value: name for name, values in options for value in values}
 
@@ -807,23 +794,18 @@ DONE_PAGE = (
 
 
 def open_item(item, engine: str = "fast") -> WebShop:
-    """A session for "<data folder>/<asin>/<number>" as `list_items` gives it, or for a goal as a
-    dict in the original's format, in the catalogue under $WEBSHOP_DATA. There is one engine.
+    """A session for "<data folder>/<asin>/<number>" as `list_items` gives it. There is one engine.
 
-    UserError without the data, or for a product that is not in them.
+    UserError without the data, or for a goal that is not in them.
     """
-    if isinstance(item, dict):
-        return WebShop(item, load_catalogue(os.environ.get("WEBSHOP_DATA", ".")))
     path = Path(item)
     catalogue = load_catalogue(str(path.parent.parent))
     return WebShop(catalogue.goal(f"{path.parent.name}/{path.name}"), catalogue)
 
 
 def list_items(root, split: str) -> list[str]:
-    """The goals of a split: "train" or "test", with ":human" for goals written by people, with
-    ":verl" for the usual split (see `Catalogue.split`).
-
-    UserError for another split, without the data, or where there are no such goals.
+    """The goals of "train" or "test", with ":human" those written by people, with ":verl" in the
+    usual split (see `Catalogue.split`). UserError where there are none.
     """
     name, *rules = split.split(":")
     if name not in ("train", "test") or not set(rules) <= {"human", "verl"}:
