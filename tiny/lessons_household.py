@@ -49,15 +49,15 @@ def first(obs, start):
 
 def strategy_text(kind, appliance=None, complete=True, search="") -> str:
     """What an episode or a skill says to do; `follow` below reads it back."""
-    first = f"search the {search} first, " if search else ""
+    before = f"search the {search} first, " if search else ""
     if appliance:
         verb = VERB_AT[appliance]
-        return f"{first}take the object to the {appliance} and {verb} it there, then put it away"
+        return f"{before}take the object to the {appliance} and {verb} it there, then put it away"
     if kind == "pick2" and complete:
-        return f"{first}put one object away, then find the second one and put it there too"
+        return f"{before}put one object away, then find the second one and put it there too"
     if kind == "look" and complete:
-        return f"{first}take the object, then go to the lamp and use it"
-    return f"{first}find the object, take it and put it in its place"
+        return f"{before}take the object, then go to the lamp and use it"
+    return f"{before}find the object, take it and put it in its place"
 
 
 def habits(kind, rng, knows=0.0) -> dict:
@@ -104,9 +104,7 @@ class Demonstrator:
     """Chooses its moves from what can be seen, by a plan as `habits` or `follow` makes it.
 
     It searches the receptacles in the listed order, a ring, from a random one, and sometimes does
-    not open a closed one. So the next one follows from where it stands: a prompt says little more.
-
-    usual   {thing: the kinds of receptacles to search for it}; all, for a thing that is not there
+    not open a closed one. `usual` as `usual_places` gives it; a thing it lacks may be anywhere.
     """
 
     def __init__(self, goal, plan, ring, rng, usual):
@@ -156,11 +154,11 @@ class Demonstrator:
                 return action
         for action in obs.admissible:
             closed = action.removeprefix("open ")
-            if closed != action and closed not in self.opened:
-                if self.may_hold(closed, self.target):
-                    self.opened.add(closed)
-                    if self.rng.random() < 0.9:
-                        return action
+            if closed in self.opened or closed == action or not self.may_hold(closed, self.target):
+                continue
+            self.opened.add(closed)
+            if self.rng.random() < 0.9:
+                return action
         while self.likely:
             following = self.likely.pop(0)
             if following == self.here:
@@ -222,7 +220,7 @@ def demonstrate(env, plan, rng, max_steps=20, usual=(), slips=0.06):
     """Play one episode by `plan` -> ([(observation, thought, action, slip)], solved).
 
     Slips are random or wrong moves, to show how to go on after one. An episode the demonstrator
-    believes to be finished goes on with a few idle looks. `usual` as in Demonstrator.
+    believes to be finished goes on with a few idle looks.
     """
     obs = env.reset()
     ring = [a.removeprefix("go to ") for a in obs.admissible if a.startswith("go to ")]
@@ -241,10 +239,7 @@ def demonstrate(env, plan, rng, max_steps=20, usual=(), slips=0.06):
 
 
 def summarize(kind, history, rng) -> str:
-    """What an instruct model would write of an episode, solved or not, as the skill's JSON.
-
-    history   [(observation text, action), ...]
-    """
+    """What an instruct model would write of an episode, solved or not, as the skill's JSON."""
     actions = [action for _, action in history]
     tools = [kind_of(a.split(" with ")[1]) for a in actions if " with " in a]
     appliance = next((tool for tool in tools if tool in VERB_AT), None)
@@ -271,8 +266,7 @@ def lessons(count, seed, knows=0.0, data=None, split="train") -> list:
     """`count` (prompt, response) pairs: plain steps, steps under skills, and summaries.
 
     knows   how often the demonstrator knows the right appliance
-    data    a data folder, the games of whose `split` to show; None: small games made for the
-            lessons
+    data    a data folder, whose games of `split` are shown; None: small ones, made for the lessons
     """
     rng = random.Random(f"{seed} lessons")
     games = games_of(data, rng, split) if data else made_games(rng)
@@ -308,19 +302,16 @@ def games_of(data, rng, split="train"):
 
 def usual_places(games) -> dict:
     """{thing: the kinds of receptacles that hold one in these games}."""
-    places = defaultdict(set)
-    for game in games:
-        for r, things in game.inside.items():
-            for thing in things:
-                places[kind_of(game.name[thing])].add(kind_of(game.name[r]))
-    return dict(places)
+    return alfworld.multimap(
+        (kind_of(game.name[thing]), kind_of(game.name[r]))
+        for game in games
+        for r, things in game.inside.items()
+        for thing in things
+    )
 
 
 def lesson(game, knows, rng, **how) -> list:
-    """Two episodes of one game, plain and with skills, each maybe with its summary.
-
-    how   for `demonstrate`
-    """
+    """Two episodes of one game, plain and with skills, each maybe with its summary."""
     kind = game.goal[0]
     receptacles = sorted({kind_of(game.name[r]) for r in game.rtype})
     pairs = []

@@ -506,18 +506,14 @@ def list_items(root, split: str) -> list[str]:
     """The paths of a split's games, sorted; as in stock, without those of movable receptacles and
     sliced objects. UserError when there are none.
     """
-    folder = Path(root) / "json_2.1.1" / split
-    if not folder.is_dir():
-        found = sorted(p.name for p in (Path(root) / "json_2.1.1").glob("*") if p.is_dir())
-        remedy = "run alfworld-download, or set ALFWORLD_DATA or --data"
-        if found:
-            remedy = f"choose one of {found}"
-        raise UserError(f"no data folder {folder} for --env alfworld, split {split}: {remedy}")
-    games = sorted(str(path) for path in folder.glob("*/*/game.tw-pddl"))
+    folder = Path(root) / "json_2.1.1"
+    games = sorted(str(path) for path in (folder / split).glob("*/*/game.tw-pddl"))
     games = [path for path in games if "movable" not in path and "Sliced" not in path]
     if not games:
-        remedy = "run alfworld-download again, or choose another split"
-        raise UserError(f"no game.tw-pddl in {folder}: {remedy}")
+        found = sorted(path.name for path in folder.glob("*") if path.is_dir())
+        remedy = f"choose one of {found}, " if found else ""
+        remedy += "run alfworld-download, or set ALFWORLD_DATA or --data"
+        raise UserError(f"no game.tw-pddl in {folder / split}, for --env alfworld: {remedy}")
     return games
 
 

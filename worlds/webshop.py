@@ -5,21 +5,18 @@
     obs, reward, done, info = shop.step("search[red shirt]")    # 1.0 where the score is 1.0
 
 The original (github.com/princeton-nlp/WebShop) renders HTML, parses it back and searches with
-Lucene. What an agent sees of that is a small state machine over five kinds of pages and a ranking
-that is a formula. Both are written out here and equal the original step by step on recorded
-sessions (`tests/test_webshop.py`), in microseconds a step instead of 11 ms.
+Lucene. What an agent sees of that is five kinds of pages and a ranking by a formula. Both are
+written out here and equal the original step by step (`tests/test_webshop.py`).
 
-Reads the three original files, any suffix such as `_1000` accepted:
-
-| file                   | holds                                                                   |
+| file, with any suffix  | holds                                                                   |
 |------------------------|-------------------------------------------------------------------------|
 | `items_shuffle*.json`  | products: name, description, options, price, category                   |
 | `items_ins_v2*.json`   | per product its attributes, maybe an instruction: the synthetic goals   |
 | `items_human_ins.json` | per product the instructions written by people: the human goals         |
 
-What the engine needs of them is cached in `runs/webshop-cache/`. Products are fetched from disk
-when a page shows them and the index is memory-mapped, so the full catalogue of 1.18 million
-products need not fit in memory. worlds/README.md lists the deliberate differences.
+What the engine needs of these files is cached in `runs/webshop-cache/`. The full catalogue of 1.18
+million products need not fit in memory: they are read from disk when a page shows them, and the
+index is memory-mapped. worlds/README.md lists the deliberate differences from the original.
 """
 
 import array
@@ -247,11 +244,7 @@ def read_object(path) -> dict:
 
 
 def read_product(raw: dict, attributes: dict, human: list) -> dict:
-    """An entry of items_shuffle -> what pages, search and reward use. Missing fields are empty.
-
-    attributes   its entry of items_ins_v2: the attributes, maybe an instruction
-    human        its entry of items_human_ins
-    """
+    """Its entries of items_shuffle, items_ins_v2, items_human_ins -> what of them is used."""
     bullets = raw.get("small_description") or []
     prices = read_prices(raw.get("pricing") or "")
     options = {}
@@ -598,9 +591,6 @@ def reward(product: dict, goal: dict, price: float, chosen: dict) -> float:
 
     r_type is 1 for the right kind of product: same query, two common levels of the category, or
     a fifth of the goal's nouns in the title; else 0.5; with hardly a common noun 0.1, with none 0.
-
-    price    the drawn price of the product
-    chosen   {option: value}
     """
     wanted = nouns(goal["name"])
     common = set(nouns(product["title"])) & set(wanted)
@@ -657,13 +647,7 @@ def parse_command(action: str) -> tuple:
 class WebShop:
     """One shopping session for one goal, in the original's format.
 
-    | page     | shows                                         | leads to                       |
-    |----------|-----------------------------------------------|--------------------------------|
-    | search   | the instruction                               | results                        |
-    | results  | ten products: asin, title, price              | item, other results, search    |
-    | item     | options, title, price                         | subpages, itself, done         |
-    | subpage  | description, features or reviews              | item                           |
-    | done     | the score                                     |                                |
+    Pages: search -> results -> item -> its description, features or reviews; buying it ends.
     """
 
     def __init__(self, goal: dict, catalogue: Catalogue):
@@ -682,8 +666,7 @@ class WebShop:
     def step(self, action: str):
         """Take an action -> (Observation, reward, done, info); a page ignores what it lacks.
 
-        reward        1.0 for a purchase with the full score, else 0.0
-        info          "score": the original's reward, in [0, 1]; "success": it is 1.0
+        The "score" in info is the original's reward, in [0, 1]; "success", and reward: it is 1.0.
         """
         verb, target = parse_command(action)
         if verb == "search" and target and not self.done:  # with or without a search bar
