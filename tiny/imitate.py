@@ -9,11 +9,9 @@
 A fresh machine has no pretrained model, so a Qwen2-architecture policy of 0.7M parameters plays its
 part. It shows that the algorithm works from end to end, and nothing about language models.
 
-| who learns               | from                          | how                                  |
-|--------------------------|-------------------------------|--------------------------------------|
-| a tiny policy, `--start` | responses and prompts, to     | Muon for its matrices, AdamW for the |
-|                          | learn to copy names           | rest, float32                        |
-| `--model`, pretrained    | responses                     | AdamW, bfloat16                      |
+A tiny policy learns the responses and, to learn to copy names, the prompts: with Muon for its
+matrices and AdamW for the rest, in float32. With `--model` a pretrained one learns the responses
+alone, with AdamW, in bfloat16.
 
 An interrupted command goes on from its last save and ends as the unbroken one does.
 """
@@ -98,10 +96,7 @@ def begin(lessons: Lessons, pairs, folder=None) -> tuple:
 
 
 def make_optimizers(model, lessons: Lessons, saved=None) -> list:
-    """AdamW for a pretrained model; for a tiny one Muon for its matrices and AdamW for the rest.
-
-    saved   their states, to go on from
-    """
+    """AdamW for a pretrained model; for a tiny one Muon for its matrices and AdamW for the rest."""
     if lessons.model:
         lr = lessons.lr or 3e-4
         return [make_optimizer(model, lr, beta2=0.98, weight_decay=0.0, saved=saved and saved[0])]
@@ -238,12 +233,10 @@ def train_policy(lessons: Lessons) -> dict:
     optimizers = make_optimizers(model, lessons, state["optimizers"])
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rows = make_rows(tokenizer, pairs)
-    mean = sum(map(len, rows)) / len(rows)
-    policy = f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens"
-    print(f"{policy}; {len(rows)} lessons of {mean:.0f} tokens")
+    policy = f"{model.num_parameters():,} parameters, {len(tokenizer)} kinds of tokens"
+    print(f"{policy}; {len(rows)} lessons, {sum(map(len, rows)):,} tokens")
 
-    size = lessons.rows or (8 if lessons.model else 32)
-    batches = make_batches(rows, size, lessons.seed)
+    batches = make_batches(rows, lessons.rows or (8 if lessons.model else 32), lessons.seed)
     pad_id = tokenizer.pad_token_id or 0
     saved_at = time.time()
     model.train()

@@ -79,10 +79,7 @@ def product_of(env) -> dict:
 
 
 def summarize(category, offered, history) -> str:
-    """What an instruct model would write of an episode, as the skill's JSON.
-
-    offered   {option that the task names: all values that the product has of it}
-    """
+    """What an instruct model would write of an episode; `offered` has the values of each option."""
     actions = {action for _, action in history}
     chosen = [name for name in offered if actions & {f"click[{v}]" for v in offered[name]}]
     condition = f"shopping for {category}"

@@ -16,9 +16,8 @@ def train_tokenizer(texts, world="alfworld", short=False):
 
     A space goes with the word behind it, in the shop with the word before it: there an option has
     to be the same token in the task (`color: red,`), on the page (`'red'`) and in `click[red]`.
-
-    short   fewer tokens for the long prompts of real data: one for the fixed sentences, one for
-            what stands between two actions and, in the shop, between two parts of a page
+    `short` has one token for a fixed sentence, or for what stands between two actions or parts of
+    a page: the prompts of real data are long.
     """
     tokenizer = Tokenizer(models.BPE())
     chunks = r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9]+?(?= ?[A-Za-z0-9]|$)"

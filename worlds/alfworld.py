@@ -194,9 +194,7 @@ def damaged(path, what) -> UserError:
 def read_facts(head, init, path) -> dict:
     """The start state of a PDDL problem -> {predicate: its tuples of ids}, in lower case.
 
-    head   the text before it, which declares the kind of every id
-
-    UserError for anything that is none of FACTS, or has an undeclared id.
+    UserError for anything that is none of FACTS, or has an id that `head` does not declare.
     """
     kinds = dict(re.findall(r"(\w+) - (\w+)", head.lower()))
     facts = defaultdict(set)
@@ -286,11 +284,7 @@ class AlfWorld:
         return self.observe(self.look(intro=True) + f"\n\nYour task is to: {game.task}.")
 
     def step(self, action: str):
-        """Play an action -> (Observation, reward, done, info); an inadmissible one does nothing.
-
-        reward        1.0 and done at the goal, else 0.0
-        info          "success": at the goal; "score": the reward
-        """
+        """Play an action -> (Observation, reward, done, info); an inadmissible one does nothing."""
         command = self.commands.get(action.strip())
         text = self.apply(*command) if command else "Nothing happens."
         if command:
@@ -439,16 +433,8 @@ def listing(names, article="a ") -> str:
     return ", ".join(names[:-1]) + ", and " + names[-1]
 
 
-# --------------------------------------------------------------------------------------------------
-# The stock package
-# --------------------------------------------------------------------------------------------------
-
-
 class TextWorldGame:
-    """The same game through the stock alfworld package, slow, the reference.
-
-    trusted   play any file: the expressions in its grammar run as Python, with all your rights
-    """
+    """The same game through the stock package, slow, the reference; `trusted` plays any file."""
 
     def __init__(self, path: str, trusted: bool = False):
         import textworld
@@ -479,9 +465,8 @@ class TextWorldGame:
 
     def step(self, action: str):
         state, score, done = self.env.step(action)
-        reward = float(score)
-        obs = self.observe(state, state.feedback)
-        return obs, reward, done, {"success": done, "score": reward}
+        info = {"success": done, "score": float(score)}
+        return self.observe(state, state.feedback), float(score), done, info
 
 
 # --------------------------------------------------------------------------------------------------

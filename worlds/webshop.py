@@ -64,7 +64,7 @@ ASIN = re.compile(r"[0-9A-Z]{1,10}")  # the id of a product
 STALE = 3600  # seconds after which the unfinished cache of another process counts as abandoned
 
 # --------------------------------------------------------------------------------------------------
-# Text analysis: Lucene's EnglishAnalyzer
+# Search: Lucene's EnglishAnalyzer and BM25
 # --------------------------------------------------------------------------------------------------
 
 # A token by the Unicode word-break rules, as Lucene's StandardTokenizer keeps it: letters, digits
@@ -102,18 +102,10 @@ def term_of(token: str):
 
 
 def analyze(text: str) -> list:
-    """Text -> search terms: tokens, possessive 's cut, lower case, no stop words, stems.
-
-    >>> analyze("The dog's 3.5-inch RUNNING shoes")
-    ['dog', '3.5', 'inch', 'run', 'shoe']
-    """
+    """Text -> search terms: "The dog's 3.5-inch RUNNING shoes" -> dog 3.5 inch run shoe."""
     pieces = (t[i : i + LONGEST] for t in TOKEN.findall(text) for i in range(0, len(t), LONGEST))
     return [term for term in map(term_of, pieces) if term]
 
-
-# --------------------------------------------------------------------------------------------------
-# Search: Lucene's BM25, k1 = 0.9, b = 0.4
-# --------------------------------------------------------------------------------------------------
 
 K1 = np.float32(0.9)
 B = np.float32(0.4)
@@ -453,11 +445,8 @@ class Catalogue:
         return names
 
     def split(self, name: str, human=False, verl=False) -> list[str]:
-        """Goals of "train" or "test".
-
-        An eighth of the products with goals is held out, and up to 500 of their goals are the test;
-        no product is in both. With `verl` the first 500 goals of the shuffle are the test, as in
-        verl-agent; on the small catalogue training then sees 121 of the 128 test products.
+        """Goals of "train" or "test": an eighth of the products is held out, and up to 500 of their
+        goals are the test. With `verl` the first 500 of all goals are, as in verl-agent.
         """
         names = self.goal_names(human)
         if verl:
@@ -517,9 +506,8 @@ class Catalogue:
 def load_catalogue(folder) -> Catalogue:
     """Open the cache of a data folder; a missing, damaged or outdated one is built first."""
     find_file(folder, "items_shuffle*.json")  # a clear error before anything else
-    files = []
-    for path in sorted(Path(folder).glob("items_*.json")):
-        files.append((str(path.resolve()), path.stat().st_size, path.stat().st_mtime))
+    paths = sorted(Path(folder).glob("items_*.json"))
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime) for path in paths]
     key = json.dumps([FORMAT, SEED, files]).encode()
     cache = CACHE / hashlib.sha256(key).hexdigest()[:16]
     for part in CACHE.glob("*.part"):  # of a process that was killed while it built
@@ -664,10 +652,7 @@ class WebShop:
         return self.observe()
 
     def step(self, action: str):
-        """Take an action -> (Observation, reward, done, info); a page ignores what it lacks.
-
-        The "score" in info is the original's reward, in [0, 1]; "success", and reward: it is 1.0.
-        """
+        """Take an action -> (Observation, reward, done, info); a page ignores what it lacks."""
         verb, target = parse_command(action)
         if verb == "search" and target and not self.done:  # with or without a search bar
             self.words = target.split(" ")
@@ -675,9 +660,8 @@ class WebShop:
             self.open_results()
         elif verb == "click" and target in self.clickables and target != "search":
             self.click(target)
-        success = self.done and self.score == 1.0
-        info = {"score": self.score, "success": success}
-        return self.observe(), float(success), self.done, info
+        info = {"score": self.score, "success": self.score == 1.0}
+        return self.observe(), float(self.score == 1.0), self.done, info
 
     def observe(self) -> Observation:
         admissible = [f"click[{name}]" for name in self.clickables]
@@ -722,15 +706,9 @@ class WebShop:
         parts += [p["title"], f"Price: {p['price_tag']}", "Rating: N.A.", *SUBPAGES, BUY]
         self.show("item", parts, [BACK, PREV, *SUBPAGES, BUY], (), p["options"].items())
 
-    def open_subpage(self, name):
-        p = self.catalogue.product(self.catalogue.number[self.asin])
-        texts = {"description": [p["description"]], "features": p["bullets"], "reviews": []}
-        self.show("subpage", [BACK, PREV, *texts[name]], [BACK, PREV])
-
     def buy(self):
         number = self.catalogue.number[self.asin]
-        product = self.catalogue.product(number)
-        price = self.catalogue.prices[number]
+        product, price = self.catalogue.product(number), self.catalogue.prices[number]
         self.score = reward(product, self.goal, price, self.options)
         self.done = True
         chosen = json.dumps(self.options, sort_keys=True)
@@ -752,7 +730,9 @@ class WebShop:
         elif target == PREV.lower():
             self.open_item() if self.kind == "subpage" else self.open_results()
         elif target.capitalize() in SUBPAGES:
-            self.open_subpage(target)
+            p = self.catalogue.product(self.catalogue.number[self.asin])
+            texts = {"description": [p["description"]], "features": p["bullets"], "reviews": []}
+            self.show("subpage", [BACK, PREV, *texts[target]], [BACK, PREV])
         elif self.clickables[target] is not None:
             self.options[self.clickables[target]] = target
             self.open_item()
@@ -777,9 +757,8 @@ DONE_PAGE = (
 
 
 def open_item(item, engine: str = "fast") -> WebShop:
-    """A session for "<data folder>/<asin>/<number>" as `list_items` gives it. There is one engine.
-
-    UserError without the data, or for a goal that is not in them.
+    """A session for "<data folder>/<asin>/<number>"; there is one engine. UserError for a goal that
+    is not there.
     """
     path = Path(item)
     catalogue = load_catalogue(str(path.parent.parent))
