@@ -450,7 +450,6 @@ def test_equals_the_original_on_its_recorded_sessions(tmp_path, monkeypatch):
     monkeypatch.setattr(webshop, "CACHE", tmp_path / "cache")
     with tarfile.open(SHARED / "webshop_1000.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
-    monkeypatch.setenv("WEBSHOP_DATA", str(tmp_path))
     with lzma.open(SHARED / "webshop_transcripts.json.xz") as file:
         sessions = json.load(file)
     catalogue = webshop.load_catalogue(str(tmp_path))

@@ -283,7 +283,7 @@ def lessons(count, seed, knows=0.0, data=None, split="train") -> list:
 def made_games(rng):
     """Small games without end, the task types in turns."""
     types = list(ROOMS_OF)
-    for number in itertools.count(500_000):  # above those that `write_games` gives
+    for number in itertools.count(500_000):  # above those that `household.make` gives
         folder, data, _ = make_game(types[number % len(types)], rng, number)
         yield alfworld.parse_game(data, f"{folder}/game.tw-pddl")
 

@@ -287,8 +287,7 @@ class AlfWorld:
         """Play an action -> (Observation, reward, done, info); an inadmissible one does nothing."""
         command = self.commands.get(action.strip())
         text = self.apply(*command) if command else "Nothing happens."
-        if command:
-            self.won = self.at_goal()
+        self.won = self.at_goal()
         reward = float(self.won)
         return self.observe(text), reward, self.won, {"success": self.won, "score": reward}
 

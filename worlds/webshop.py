@@ -624,12 +624,9 @@ def parse_command(action: str) -> tuple:
     On the first line the target ends at the last "]" and begins at the last "[" that leaves it
     something. Linear in the length, which a regular expression with two greedy parts is not.
     """
-    line = action.split("\n", 1)[0]
-    stop = line.rfind("]")
-    start = line.rfind("[", 0, max(0, stop - 1))
-    if start < 1:
-        return action, ""
-    return line[:start], line[start + 1 : stop].lower()
+    inside, _, _ = action.split("\n", 1)[0].rpartition("]")
+    verb, _, _ = inside[:-1].rpartition("[")
+    return (verb, inside[len(verb) + 1 :].lower()) if verb else (action, "")
 
 
 class WebShop:
@@ -757,9 +754,7 @@ DONE_PAGE = (
 
 
 def open_item(item, engine: str = "fast") -> WebShop:
-    """A session for "<data folder>/<asin>/<number>"; there is one engine. UserError for a goal that
-    is not there.
-    """
+    """A session for "<data folder>/<asin>/<number>". UserError for a goal that is not there."""
     path = Path(item)
     catalogue = load_catalogue(str(path.parent.parent))
     return WebShop(catalogue.goal(f"{path.parent.name}/{path.name}"), catalogue)
