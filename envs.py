@@ -36,7 +36,7 @@ def world(name: str):
 def make_env(name: str, item, engine: str = "fast"):
     """Open one item, which always starts the same -> a game with `reset()` and `step(action)`.
 
-    item   as `list_items` gives it; of WebShop also a goal as a dict in the original's format
+    item   as `list_items` gives it
 
     UserError for an item that is damaged or missing: what is opened can be played to its end.
     """

@@ -440,9 +440,8 @@ def test_broken_data_is_one_clear_error(tmp_path, monkeypatch):
 def test_reading_in_small_blocks_gives_the_same_products(tmp_path):
     folder = tmp_path / "items_shuffle_9.json"
     folder.write_text(json.dumps(PRODUCTS, indent=1))
-    assert list(webshop.stream_json(folder, "[", block=7)) == PRODUCTS
-    folder.write_text(json.dumps(INSTRUCTIONS))
-    assert dict(webshop.stream_json(folder, "{", block=5)) == INSTRUCTIONS
+    for block in (5, 7):
+        assert list(webshop.stream_json(folder, block)) == PRODUCTS
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not here")
@@ -451,7 +450,6 @@ def test_equals_the_original_on_its_recorded_sessions(tmp_path, monkeypatch):
     monkeypatch.setattr(webshop, "CACHE", tmp_path / "cache")
     with tarfile.open(SHARED / "webshop_1000.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
-    monkeypatch.setenv("WEBSHOP_DATA", str(tmp_path))
     with lzma.open(SHARED / "webshop_transcripts.json.xz") as file:
         sessions = json.load(file)
     catalogue = webshop.load_catalogue(str(tmp_path))
@@ -460,7 +458,7 @@ def test_equals_the_original_on_its_recorded_sessions(tmp_path, monkeypatch):
     for session in sessions:
         goal = catalogue.goal(names[session["goal_index"]])
         assert goal == session["goal"] | {"weight": pytest.approx(session["goal"]["weight"])}
-        env = envs.make_env("webshop", session["goal"])
+        env = webshop.WebShop(session["goal"], catalogue)
         for expected in session["steps"]:
             if expected["action"] is None:
                 obs = env.reset()

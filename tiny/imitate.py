@@ -6,15 +6,12 @@
     python -m tiny.imitate --model smollm2 --count 1200 --steps 0.4 --knows 0.3 --out taught
     python -m tiny.imitate --data DIR --out real    # on the training games of a data folder instead
 
-A fresh machine has no pretrained model, so a Qwen2-architecture policy of 0.7M parameters plays the
-part of the instruct model (lessons: tiny/lessons_*.py). It is a stand-in: it shows
-that the algorithm works from end to end, and nothing about language models.
+A fresh machine has no pretrained model, so a Qwen2-architecture policy of 0.7M parameters plays its
+part. It shows that the algorithm works from end to end, and nothing about language models.
 
-| who learns                   | from                               | how                       |
-|------------------------------|------------------------------------|---------------------------|
-| a new tiny policy, `--start` | responses, and prompts, which      | Muon for the matrices and |
-|                              | teach it to copy names             | AdamW, float32            |
-| `--model`, pretrained        | responses                          | AdamW, bfloat16           |
+A tiny policy learns the responses and, to learn to copy names, the prompts: with Muon for its
+matrices and AdamW for the rest, in float32. With `--model` a pretrained one learns the responses
+alone, with AdamW, in bfloat16.
 
 An interrupted command goes on from its last save and ends as the unbroken one does.
 """
@@ -53,20 +50,9 @@ class Lessons:
     world: str = flag("alfworld", "whose lessons", choices=("alfworld", "webshop"))
     seed: int = flag(0, "of the lessons, their order and new weights", at_least=0)
     count: int = flag(60_000, "lessons to learn from, each once", at_least=1)
-    steps: float = flag(
-        1.0,
-        "share of an episode's steps to show; a summary is always a lesson",
-        at_least=0.25,
-        at_most=1,
-    )
-    knows: float = flag(
-        -1.0,
-        "share of right appliances, or of options chosen, without a skill; "
-        "below 0: the world's, 0 or 0.45",
-    )
-    difficulties: list[int] = flag(
-        [], "shop: options of a product, in turns, as 1,2,3", choices=(1, 2, 3, 4, 5)
-    )
+    steps: float = flag(1.0, "share of acting steps to show", at_least=0.25, at_most=1)
+    knows: float = flag(-1.0, "share of right choices without a skill; below 0: 0, in shops 0.45")
+    difficulties: list[int] = flag([], "options of a product, in turns", choices=(1, 2, 3, 4, 5))
     data: str = flag("", "a world's data folder: lessons from its training games or goals")
     start: str = flag("", "a tiny policy made by this command, to go on with")
     model: str = flag("", "a pretrained model to teach: folder, hub name or smollm2")
@@ -74,27 +60,14 @@ class Lessons:
     lr: float = flag(0.0, "largest learning rate; 0: 2e-2, with --model 3e-4", at_least=0)
     layers: int = flag(4, "of a new policy", at_least=1)
     hidden: int = flag(128, "width of a new policy", at_least=8)
-    dtype: str = flag(
-        "",
-        "of the weights; empty: float32, with --model bfloat16",
-        choices=("", "float32", "bfloat16"),
-    )
-    device: str = flag("", "cuda or cpu; empty: cuda when there is one", free=True)
-    micro_tokens: int = flag(
-        16384, "tokens per forward-backward; lower it when memory runs out", free=True, at_least=1
-    )
-    gradient_checkpointing: bool = flag(False, "recompute activations to save memory", free=True)
+    micro_tokens: int = flag(16384, "tokens per forward-backward", free=True, at_least=1)
     save_minutes: float = flag(10.0, "minutes between saves", free=True, at_least=0)
     held_out: int = flag(256, "other lessons, to measure what was learned", at_least=1)
 
 
 def draw(lessons: Lessons, count, seed, split="train") -> list:
-    """`count` (prompt, response) pairs by the world's teacher; what is made for the lessons has no
-    splits.
-    """
-    chosen = {}
-    if lessons.knows >= 0:
-        chosen["knows"] = lessons.knows
+    """`count` (prompt, response) pairs by the world's teacher; only a data folder has splits."""
+    chosen = {"knows": lessons.knows} if lessons.knows >= 0 else {}
     if lessons.difficulties:
         chosen["difficulties"] = lessons.difficulties
     if lessons.data:
@@ -106,33 +79,27 @@ def draw(lessons: Lessons, count, seed, split="train") -> list:
 
 
 def is_summary(response) -> bool:
-    """Whether a lesson's response is the JSON of a skill, or else a step's thought and action."""
+    """Whether a lesson's response is the JSON of a skill, not a step's thought and action."""
     return response.startswith("{")
 
 
 def begin(lessons: Lessons, pairs, folder=None) -> tuple:
     """The policy before its first lesson, or as saved in `folder` -> (model, tokenizer)."""
-    device = lessons.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(lessons.seed)
-    name = folder or lessons.model or lessons.start
-    if name:
-        dtype = lessons.dtype or ("bfloat16" if lessons.model else "float32")
-        config = Config(dtype=dtype, gradient_checkpointing=lessons.gradient_checkpointing)
-        return load_policy(name, config, device)
+    if name := folder or lessons.model or lessons.start:
+        dtype = "bfloat16" if lessons.model else "float32"
+        return load_policy(name, Config(dtype=dtype, gradient_checkpointing=False), device)
     texts = [prompt + answer for prompt, answer in pairs[:20_000]]
     tokenizer = train_tokenizer(texts, lessons.world, short=bool(lessons.data))
     return new_model(tokenizer, lessons.hidden, lessons.layers).to(device), tokenizer
 
 
 def make_optimizers(model, lessons: Lessons, saved=None) -> list:
-    """One for a pretrained model; for a tiny policy Muon for its matrices and AdamW for the rest.
-
-    saved   their states, to go on from
-    """
+    """AdamW for a pretrained model; for a tiny one Muon for its matrices and AdamW for the rest."""
     if lessons.model:
         lr = lessons.lr or 3e-4
-        saved = saved and saved[0]
-        return [make_optimizer(model, lr, beta2=0.98, weight_decay=0.0, saved=saved)]
+        return [make_optimizer(model, lr, beta2=0.98, weight_decay=0.0, saved=saved and saved[0])]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     lr = lessons.lr or 2e-2
@@ -140,9 +107,8 @@ def make_optimizers(model, lessons: Lessons, saved=None) -> list:
         torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.0),
         torch.optim.AdamW(others, lr=lr / 4, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    if saved:
-        for optimizer, state in zip(optimizers, saved, strict=True):
-            optimizer.load_state_dict(state)
+    for optimizer, state in zip(optimizers, saved or (), strict=bool(saved)):
+        optimizer.load_state_dict(state)
     return optimizers
 
 
@@ -205,16 +171,15 @@ def measure(model, tokenizer, pairs, lessons: Lessons) -> dict:
     summaries, parsable    lessons in summarizing; those a skill can be read from
     """
     rows = make_rows(tokenizer, pairs)
-    total = 0.0
+    pad_id = tokenizer.pad_token_id or 0
     with torch.no_grad():
-        for batch in micro_batches(rows, lessons.micro_tokens):
-            total += imitation_losses(model, batch, tokenizer.pad_token_id or 0, False)[0].item()
+        batches = micro_batches(rows, lessons.micro_tokens)
+        losses = [imitation_losses(model, batch, pad_id, False)[0].item() for batch in batches]
     lengths = [len(row.response_ids) for row in rows]
     prompts = [row.prompt_ids for row in rows]
-    longest = 2 * max(lengths)
-    greedy = {"temperature": 0, "seed": 0, "rows": 32}
-    answers = generate(model, tokenizer, prompts, max_new_tokens=longest, **greedy)
-    result = {"loss": total / sum(lengths)}
+    greedy = {"max_new_tokens": 2 * max(lengths), "temperature": 0, "seed": 0, "rows": 32}
+    answers = generate(model, tokenizer, prompts, **greedy)
+    result = {"loss": sum(losses) / sum(lengths)}
     result |= dict.fromkeys(("steps", "exact", "valid", "summaries", "parsable"), 0)
     for (_, wanted), (_, _, text) in zip(pairs, answers, strict=True):
         if is_summary(wanted):
@@ -228,19 +193,14 @@ def measure(model, tokenizer, pairs, lessons: Lessons) -> dict:
     return result
 
 
-def settings(lessons: Lessons) -> dict:
-    """The flags as their file gives them back."""
-    return json.loads(json.dumps(asdict(lessons)))
-
-
 def find_progress(out: Path, lessons: Lessons) -> tuple:
     """(what an earlier call of the command recorded, the folder of its save), or ({}, None)."""
     folder = saves.find(out.parent, out.name)
     if folder is None:
         return {}, None
     record = read_json(folder / "imitation.json")
-    for f in fields(Lessons):
-        now = settings(lessons)[f.name]
+    for f in fields(lessons):
+        now = getattr(lessons, f.name)
         was = record["settings"].get(f.name, now)  # a folder may be older than a flag
         if not f.metadata["free"] and was != now:
             raise other_value(out, f.name, was, now)
@@ -266,19 +226,17 @@ def train_policy(lessons: Lessons) -> dict:
     if "result" in record:
         print(f"{out} is finished")
         return record["result"]
-    record = {"settings": settings(lessons)}
+    record = {"settings": asdict(lessons)}
     pairs = draw(lessons, lessons.count, lessons.seed)
     model, tokenizer = begin(lessons, pairs, folder)
     state = load_state(folder) if folder else {"batches": 0, "optimizers": None}
     optimizers = make_optimizers(model, lessons, state["optimizers"])
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rows = make_rows(tokenizer, pairs)
-    mean = sum(map(len, rows)) / len(rows)
-    policy = f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens"
-    print(f"{policy}; {len(rows)} lessons of {mean:.0f} tokens")
+    policy = f"{model.num_parameters():,} parameters, {len(tokenizer)} kinds of tokens"
+    print(f"{policy}; {len(rows)} lessons, {sum(map(len, rows)):,} tokens")
 
-    size = lessons.rows or (8 if lessons.model else 32)
-    batches = make_batches(rows, size, lessons.seed)
+    batches = make_batches(rows, lessons.rows or (8 if lessons.model else 32), lessons.seed)
     pad_id = tokenizer.pad_token_id or 0
     saved_at = time.time()
     model.train()
@@ -303,16 +261,8 @@ def train_policy(lessons: Lessons) -> dict:
     held_out = draw(lessons, spread * lessons.held_out, lessons.seed + 1_000_000, split)
     record["result"] = measure(model, tokenizer, held_out[::spread], lessons)
     save(out, model, tokenizer, record)
-    print(report(record["result"]), f"-> {out}")
+    print("held-out lessons, loss in nats a token:", record["result"], f"-> {out}")
     return record["result"]
-
-
-def report(result) -> str:
-    return (
-        f"held-out lessons: loss {result['loss']:.3f} nats a token; of {result['steps']} steps "
-        f"{result['exact']} exact expert actions, {result['valid']} valid formats; of "
-        f"{result['summaries']} summaries {result['parsable']} parsable"
-    )
 
 
 def main():

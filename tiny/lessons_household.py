@@ -1,13 +1,13 @@
 """Lessons in the household: what a tiny policy is taught before any reinforcement learning.
 
-They are demonstrations by a deliberately ignorant demonstrator of three things an instruct model
-would know: to act from the plain prompt, imperfectly (it knows the moves, but often forgets to
-clean, heat or cool, or takes the wrong appliance for it, and forgets the second object or the
-lamp); to act on a skill written in the prompt, right or wrong; and to summarize an episode it is
-shown as a condition and a strategy. What it does not know, the three phases find out.
+A deliberately ignorant demonstrator shows three things an instruct model would know: to act from
+the plain prompt, imperfectly (it knows the moves, but often forgets to clean, heat or cool, or
+takes the wrong appliance for it, and forgets the second object or the lamp); to act on a skill in
+the prompt, right or wrong; and to summarize an episode as a condition and a strategy. What it does
+not know, the three phases find out.
 
-`tiny/imitate.py` makes a policy of them. The games of the lessons are small ones made for them, or
-the training games of a data folder, such as the real ones.
+`tiny/imitate.py` makes a policy of the lessons. Their games are small ones made for them, or the
+training games of a data folder, such as the real ones.
 """
 
 import itertools
@@ -42,17 +42,22 @@ def kind_of(name: str) -> str:
     return name.rsplit(" ", 1)[0]
 
 
+def first(obs, start):
+    """The first admissible action with this start, or None."""
+    return next((action for action in obs.admissible if action.startswith(start)), None)
+
+
 def strategy_text(kind, appliance=None, complete=True, search="") -> str:
     """What an episode or a skill says to do; `follow` below reads it back."""
-    first = f"search the {search} first, " if search else ""
+    before = f"search the {search} first, " if search else ""
     if appliance:
         verb = VERB_AT[appliance]
-        return f"{first}take the object to the {appliance} and {verb} it there, then put it away"
+        return f"{before}take the object to the {appliance} and {verb} it there, then put it away"
     if kind == "pick2" and complete:
-        return f"{first}put one object away, then find the second one and put it there too"
+        return f"{before}put one object away, then find the second one and put it there too"
     if kind == "look" and complete:
-        return f"{first}take the object, then go to the lamp and use it"
-    return f"{first}find the object, take it and put it in its place"
+        return f"{before}take the object, then go to the lamp and use it"
+    return f"{before}find the object, take it and put it in its place"
 
 
 def habits(kind, rng, knows=0.0) -> dict:
@@ -62,8 +67,7 @@ def habits(kind, rng, knows=0.0) -> dict:
     appliance = None
     if kind in APPLIANCE_FOR:
         appliance = rng.choice(list(VERB_AT))
-    if kind in APPLIANCE_FOR and knows:
-        draw = rng.random()
+        draw = rng.random() if knows else 1.0
         if draw < knows:
             appliance = APPLIANCE_FOR[kind]
         elif draw < 0.9:
@@ -90,20 +94,17 @@ def thought(obs, target, held) -> str:
     """What the tiny policy thinks: what it wants, and whether it is in sight. No plan."""
     if held:
         return f"I hold {held}"
-    for action in obs.admissible:
-        if action.startswith(f"take {target} "):
-            taken = action.removeprefix("take ").split(" from ")[0]
-            return f"I want {taken}"
-    return f"I want {target}, not here"
+    offer = first(obs, f"take {target} ")
+    if offer is None:
+        return f"I want {target}, not here"
+    return f"I want {offer.removeprefix('take ').split(' from ')[0]}"
 
 
 class Demonstrator:
     """Chooses its moves from what can be seen, by a plan as `habits` or `follow` makes it.
 
     It searches the receptacles in the listed order, a ring, from a random one, and sometimes does
-    not open a closed one. So the next one follows from where it stands: a prompt says little more.
-
-    usual   {thing: the kinds of receptacles to search for it}; all, for a thing that is not there
+    not open a closed one. `usual` as `usual_places` gives it; a thing it lacks may be anywhere.
     """
 
     def __init__(self, goal, plan, ring, rng, usual):
@@ -111,13 +112,12 @@ class Demonstrator:
         self.plan = plan
         self.ring = ring
         self.rng = rng
-        self.usual = usual
-        self.at = rng.randrange(len(ring))  # place in the ring
+        self.usual = dict(usual)
+        self.start = rng.randrange(len(ring))  # place in the ring
         self.here = None  # the receptacle it went to last
         kinds = {kind_of(r) for r in ring}
         self.appliance = plan["appliance"] if plan["appliance"] in kinds else None
-        search = plan["search"]
-        self.first = [r for r in ring if search and kind_of(r) == search]  # before the ring
+        self.likely = [r for r in ring if kind_of(r) == plan["search"]]  # before the ring
         self.opened = set()  # or left closed
         self.placed = set()  # "take mug 1" of what it has put away
         self.treated = False  # the object in hand was cleaned, heated or cooled
@@ -146,26 +146,21 @@ class Demonstrator:
         wrong = [f"take {self.target} 1 from {spot}", f"go to {spot}", f"go to {kind_of(spot)} 3"]
         return self.rng.choice([self.rng.choice(quiet), self.rng.choice(wrong)])
 
-    def arrive(self, receptacle):
-        self.here = receptacle
-        self.at = self.ring.index(receptacle)
-
     def search(self, obs) -> str:
         """Take the object, else open what is here, else go on."""
-        offers = [a for a in obs.admissible if a.startswith(f"take {self.target} ")]
-        offers = [a for a in offers if a.split(" from ")[0] not in self.placed]
-        if offers:
-            return offers[0]
+        for action in obs.admissible:
+            taken = action.split(" from ")[0]
+            if action.startswith(f"take {self.target} ") and taken not in self.placed:
+                return action
         for action in obs.admissible:
             closed = action.removeprefix("open ")
-            if closed == action or closed in self.opened:
+            if closed in self.opened or closed == action or not self.may_hold(closed, self.target):
                 continue
-            if self.may_hold(closed, self.target):
-                self.opened.add(closed)
-                if self.rng.random() < 0.9:
-                    return action
-        while self.first:
-            following = self.first.pop(0)
+            self.opened.add(closed)
+            if self.rng.random() < 0.9:
+                return action
+        while self.likely:
+            following = self.likely.pop(0)
             if following == self.here:
                 return "look"
             if f"go to {following}" in obs.admissible:  # else that is within reach, and was seen
@@ -176,32 +171,27 @@ class Demonstrator:
         if not self.plan["complete"]:
             self.done = True
             return f"examine {held}"
-        lamps = [a for a in obs.admissible if a.startswith(f"use {self.place} ")]
-        return lamps[0] if lamps else self.go_on(obs, self.place)
+        return first(obs, f"use {self.place} ") or self.go_on(obs, self.place)
 
     def treat(self, obs) -> str:
         """Clean, heat or cool what is in hand, with the appliance of the plan."""
-        verb = VERB_AT[self.appliance]
-        offers = [a for a in obs.admissible if a.startswith(f"{verb} ")]
-        if offers:
-            self.treated = True
-            return offers[0]
-        if self.within_reach(self.appliance, obs):  # this object cannot be treated here
-            self.treated = True
-            return self.travel(self.place)
-        return self.travel(self.appliance)
+        offer = first(obs, f"{VERB_AT[self.appliance]} ")
+        if not offer and not self.within_reach(self.appliance, obs):
+            return self.travel(self.appliance)
+        self.treated = True  # or cannot be, here
+        return offer or self.travel(self.place)
 
     def put_away(self, obs, held) -> str:
         goal = self.within_reach(self.place, obs)
         if not goal:
             return self.travel(self.place)
-        if f"move {held} to {goal}" in obs.admissible:
-            self.placed.add(f"take {held}")
-            one_more = self.kind == "pick2" and self.plan["complete"] and len(self.placed) < 2
-            self.done = not one_more
-            self.treated = False
-            return f"move {held} to {goal}"
-        return f"open {goal}"
+        if f"move {held} to {goal}" not in obs.admissible:
+            return f"open {goal}"
+        self.placed.add(f"take {held}")
+        self.treated = False
+        one_more = self.kind == "pick2" and self.plan["complete"] and len(self.placed) < 2
+        self.done = not one_more
+        return f"move {held} to {goal}"
 
     def within_reach(self, kind, obs):
         """The receptacle of a kind where it stands, or None; several may share a place."""
@@ -210,28 +200,27 @@ class Demonstrator:
 
     def travel(self, kind) -> str:
         """Towards the first receptacle of a kind."""
-        goals = sorted(r for r in self.ring if kind_of(r) == kind)
-        return f"go to {goals[0]}" if goals else "look"
+        goal = min((r for r in self.ring if kind_of(r) == kind), default=None)
+        return f"go to {goal}" if goal else "look"
 
     def go_on(self, obs, thing) -> str:
         """To the next receptacle of the ring that may hold the thing and is not where it stands."""
-        following = self.ring[self.at + 1 :] + self.ring[: self.at + 1]
+        after = (self.ring.index(self.here) if self.here else self.start) + 1
+        following = self.ring[after:] + self.ring[:after]
         elsewhere = [r for r in following if f"go to {r}" in obs.admissible]
         likely = [r for r in elsewhere if self.may_hold(r, thing)]
         return f"go to {(likely or elsewhere)[0]}"
 
     def may_hold(self, receptacle, thing) -> bool:
         kind = kind_of(receptacle)
-        if kind == self.plan["search"] or thing not in self.usual:
-            return True
-        return kind in self.usual[thing]
+        return kind == self.plan["search"] or kind in self.usual.get(thing, [kind])
 
 
 def demonstrate(env, plan, rng, max_steps=20, usual=(), slips=0.06):
     """Play one episode by `plan` -> ([(observation, thought, action, slip)], solved).
 
     Slips are random or wrong moves, to show how to go on after one. An episode the demonstrator
-    believes to be finished goes on with a few idle looks. `usual` as in Demonstrator.
+    believes to be finished goes on with a few idle looks.
     """
     obs = env.reset()
     ring = [a.removeprefix("go to ") for a in obs.admissible if a.startswith("go to ")]
@@ -244,16 +233,13 @@ def demonstrate(env, plan, rng, max_steps=20, usual=(), slips=0.06):
         action = actor.slip(obs) if slip else actor.choose(obs, held)
         steps.append((obs, thought(obs, actor.target, held), action, slip))
         if action.startswith("go to ") and action in obs.admissible:
-            actor.arrive(action.removeprefix("go to "))
+            actor.here = action.removeprefix("go to ")
         obs, _, won, _ = env.step(action)
     return steps, won
 
 
 def summarize(kind, history, rng) -> str:
-    """What an instruct model would write of an episode, solved or not, as the skill's JSON.
-
-    history   [(observation text, action), ...]
-    """
+    """What an instruct model would write of an episode, solved or not, as the skill's JSON."""
     actions = [action for _, action in history]
     tools = [kind_of(a.split(" with ")[1]) for a in actions if " with " in a]
     appliance = next((tool for tool in tools if tool in VERB_AT), None)
@@ -262,7 +248,7 @@ def summarize(kind, history, rng) -> str:
     found_in = [kind_of(a.split(" from ")[1]) for a in actions if a.startswith("take ")]
     condition = rng.choice(CONDITIONS[kind])
     hint = rng.random() < 0.2
-    search = found_in[0] if found_in and hint else ""
+    search = found_in[0] if hint and found_in else ""
     strategy = strategy_text(kind, appliance, complete, search)
     return json.dumps({"condition": condition, "strategy": strategy})
 
@@ -280,8 +266,7 @@ def lessons(count, seed, knows=0.0, data=None, split="train") -> list:
     """`count` (prompt, response) pairs: plain steps, steps under skills, and summaries.
 
     knows   how often the demonstrator knows the right appliance
-    data    a data folder, the games of whose `split` to show; None: small games made for the
-            lessons
+    data    a data folder, whose games of `split` are shown; None: small ones, made for the lessons
     """
     rng = random.Random(f"{seed} lessons")
     games = games_of(data, rng, split) if data else made_games(rng)
@@ -298,7 +283,7 @@ def lessons(count, seed, knows=0.0, data=None, split="train") -> list:
 def made_games(rng):
     """Small games without end, the task types in turns."""
     types = list(ROOMS_OF)
-    for number in itertools.count(500_000):  # above those that `write_games` gives
+    for number in itertools.count(500_000):  # above those that `household.make` gives
         folder, data, _ = make_game(types[number % len(types)], rng, number)
         yield alfworld.parse_game(data, f"{folder}/game.tw-pddl")
 
@@ -317,19 +302,16 @@ def games_of(data, rng, split="train"):
 
 def usual_places(games) -> dict:
     """{thing: the kinds of receptacles that hold one in these games}."""
-    places = defaultdict(set)
-    for game in games:
-        for r, things in game.inside.items():
-            for thing in things:
-                places[kind_of(game.name[thing])].add(kind_of(game.name[r]))
-    return dict(places)
+    return alfworld.multimap(
+        (kind_of(game.name[thing]), kind_of(game.name[r]))
+        for game in games
+        for r, things in game.inside.items()
+        for thing in things
+    )
 
 
 def lesson(game, knows, rng, **how) -> list:
-    """Two episodes of one game, plain and with skills, each maybe with its summary.
-
-    how   for `demonstrate`
-    """
+    """Two episodes of one game, plain and with skills, each maybe with its summary."""
     kind = game.goal[0]
     receptacles = sorted({kind_of(game.name[r]) for r in game.rtype})
     pairs = []
@@ -337,8 +319,8 @@ def lesson(game, knows, rng, **how) -> list:
         plan = habits(kind, rng, knows)
         skills = []
         if with_skill:
-            some = rng.choice([1, 1, 2])
-            skills = [advise(kind, receptacles, knows, rng) for _ in range(some)]
+            count = rng.choice([1, 1, 2])
+            skills = [advise(kind, receptacles, knows, rng) for _ in range(count)]
             plan = follow([strategy for _, strategy in skills], plan, receptacles)
         steps, _ = demonstrate(alfworld.AlfWorld(game), plan, rng, **how)
         history = []

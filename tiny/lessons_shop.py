@@ -1,10 +1,9 @@
 """Lessons in shopping: what a tiny policy is taught before any reinforcement learning.
 
-As in the household, the demonstrator that the tiny policy imitates is ignorant on purpose: it finds
-the product, but often buys without choosing the options that the task names. It follows a skill
-that says which to choose, right or wrong, and summarizes what an episode chose. That all named
-options have to be chosen, the three phases find out. `tiny/imitate.py` makes a policy of the
-lessons; with its `--data` they are of the training goals of a real catalogue.
+As in the household, the demonstrator is ignorant on purpose. It finds the product, but often buys
+without choosing the options that the task names. It follows a skill that says which to choose,
+right or wrong, and summarizes what an episode chose. That all named options have to be chosen, the
+three phases find out.
 """
 
 import itertools
@@ -80,11 +79,7 @@ def product_of(env) -> dict:
 
 
 def summarize(category, offered, history) -> str:
-    """What an instruct model would write of an episode, as the skill's JSON.
-
-    offered   {option that the task names: all values that the product has of it}
-    history   [(observation text, action), ...]
-    """
+    """What an instruct model would write of an episode; `offered` has the values of each option."""
     actions = {action for _, action in history}
     chosen = [name for name in offered if actions & {f"click[{v}]" for v in offered[name]}]
     condition = f"shopping for {category}"
@@ -95,9 +90,8 @@ def lessons(count, seed, knows=0.45, difficulties=(None,), data=None, split="tra
     """`count` (prompt, response) pairs: plain steps, steps under skills, and summaries.
 
     knows          how often the demonstrator chooses an option that the task names, without a skill
-    difficulties   of the catalogues, in turns: see `make_catalogue`
-    data           a data folder, the goals of whose `split` to show; None: catalogues made for the
-                   lessons
+    difficulties   of the catalogues made for the lessons, in turns
+    data           a data folder, whose goals of `split` are shown instead
     """
     rng = random.Random(f"{seed} lessons")
     # a goal gives about ten; a catalogue has one difficulty, and few lessons too are of all

@@ -10,21 +10,14 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-SENTENCES = [  # of the prompts of `envs.py`, beside a world's ROLE
-    "Your task is to:",
-    "The latest observations and your actions:",
-    envs.INSTRUCTION,
-]
-
 
 def train_tokenizer(texts, world="alfworld", short=False):
     """A byte-level BPE over words, numbers and punctuation; any text round-trips exactly.
 
     A space goes with the word behind it, in the shop with the word before it: there an option has
     to be the same token in the task (`color: red,`), on the page (`'red'`) and in `click[red]`.
-
-    short   fewer tokens for the long prompts of real data: one for the fixed sentences, one for
-            what stands between two actions and, in the shop, between two parts of a page
+    `short` has one token for a fixed sentence, or for what stands between two actions or parts of
+    a page: the prompts of real data are long.
     """
     tokenizer = Tokenizer(models.BPE())
     chunks = r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9]+?(?= ?[A-Za-z0-9]|$)"
@@ -48,8 +41,10 @@ def train_tokenizer(texts, world="alfworld", short=False):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tags = ["<think>", "</think>", "<action>", "</action>"]
-    whole = tags + [envs.world(world).ROLE, *SENTENCES] if short else tags
+    whole = ["<think>", "</think>", "<action>", "</action>"]
+    if short:
+        whole += [envs.world(world).ROLE, "Your task is to:"]
+        whole += ["The latest observations and your actions:", envs.INSTRUCTION]
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"

@@ -9,13 +9,14 @@ every script knows as `--model smollm2`. No code of that package is run.
 """
 
 import argparse
-import hashlib
 import importlib.util
 import shutil
 from pathlib import Path
 
 from config import UserError
+from runtime import saves
 from runtime.policy import BUILT
+from runtime.run import run_script
 
 FOLDER = Path(BUILT["smollm2"])
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,7 +29,7 @@ def find_weights() -> Path:
     if found is None:
         raise UserError("SmolLM2 is not installed; run `make smollm2`")
     path = Path(found.origin).parent / FILE
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
+    if not path.is_file() or saves.sha256(path) != SHA256:
         raise UserError(f"{path} is not the published file; delete it and run `make smollm2`")
     return path
 
@@ -56,19 +57,12 @@ def convert(path: Path, folder: Path = FOLDER):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args()
-    try:
-        if FOLDER.exists():
-            print(f"{FOLDER} is there already")
-        else:
-            convert(find_weights())
-            print(f"SmolLM2-135M-Instruct is in {FOLDER}: --model smollm2")
-    except UserError as error:
-        parser.error(str(error))
+    shape = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=shape).parse_args()
+    if not FOLDER.exists():
+        convert(find_weights())
+    print(f"SmolLM2-135M-Instruct is in {FOLDER}: --model smollm2")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,34 +1,30 @@
 """The embedded household: small games in ALFWorld's format, which stock ALFWorld plays too.
 
-They are written in the domain and grammar of the `alfworld` package, into `runs/tiny-games`, in
-seconds, where they are missing.
+They have the domain and grammar of the `alfworld` package, and are written into `runs/tiny-games`,
+in seconds, where they are missing.
 """
 
 import json
 import random
-from dataclasses import dataclass
 from pathlib import Path
+
+from alfworld.gen import constants
+from alfworld.gen.goal_library import gdict
+from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
 
 from config import write_atomically
 from worlds import alfworld
 
 SPLITS = {"train": 900, "valid_seen": 480}  # games of each split, one task type after the other
 
-ROOMS = {  # kind of room: (receptacles it always has, receptacles to draw from)
-    "kitchen": (
-        "Fridge Microwave SinkBasin",
-        "CounterTop CounterTop Cabinet Cabinet Drawer Shelf DiningTable GarbageCan SideTable",
-    ),
-    "livingroom": (
-        "",
-        "Sofa ArmChair CoffeeTable SideTable Shelf Shelf Drawer Cabinet DiningTable GarbageCan "
-        "Dresser",
-    ),
-    "bedroom": ("", "Bed Desk Desk Drawer Drawer Dresser Shelf SideTable GarbageCan ArmChair"),
-    "bathroom": (
-        "SinkBasin",
-        "CounterTop Cabinet Cabinet Drawer Toilet GarbageCan Shelf SideTable",
-    ),
+FIXED = {"kitchen": "Fridge Microwave SinkBasin", "bathroom": "SinkBasin"}  # it always has them
+ROOMS = {  # kind of room: receptacles to draw from
+    "kitchen": "CounterTop CounterTop Cabinet Cabinet Drawer Shelf DiningTable GarbageCan "
+    "SideTable",
+    "livingroom": "Sofa ArmChair CoffeeTable SideTable Shelf Shelf Drawer Cabinet DiningTable "
+    "GarbageCan Dresser",
+    "bedroom": "Bed Desk Desk Drawer Drawer Dresser Shelf SideTable GarbageCan ArmChair",
+    "bathroom": "CounterTop Cabinet Cabinet Drawer Toilet GarbageCan Shelf SideTable",
 }
 ROOMS_OF = {  # task type: where it can be played
     "pick_and_place_simple": ["kitchen", "livingroom", "bedroom", "bathroom"],
@@ -43,6 +39,9 @@ OBJECTS = set(  # a small vocabulary for a small policy
     "CellPhone CreditCard KeyChain Laptop Newspaper Pen Pencil Pillow RemoteControl Watch Vase "
     "Cloth SoapBar SoapBottle SprayBottle ToiletPaper HandTowel Candle".split()
 )
+HOLDS = {  # receptacle: the objects that may lie in it
+    r: sorted(OBJECTS & objects) for r, objects in constants.VAL_RECEPTACLE_OBJECTS.items()
+}
 NEEDS = {  # task type: the trait its object must have
     "pick_clean_then_place_in_recep": "Cleanable",
     "pick_heat_then_place_in_recep": "Heatable",
@@ -51,62 +50,41 @@ NEEDS = {  # task type: the trait its object must have
 TRAITS = ("Cleanable", "Heatable", "Coolable", "Sliceable")  # that the games declare
 
 
-@dataclass
-class Room:
-    """A room and the task in it, everything by its type."""
-
-    kind: str
-    receptacles: list
-    target: str  # the object of the task
-    goal: str  # the receptacle where it must go; unused where there is a lamp
-    lamp: str  # to look at it; "" in other tasks
-    placed: list  # (object, number of its receptacle)
-
-
-def contents() -> dict:
-    """Receptacle type -> the objects of the vocabulary that may lie in it, sorted."""
-    from alfworld.gen import constants
-
-    return {r: sorted(OBJECTS & objects) for r, objects in constants.VAL_RECEPTACLE_OBJECTS.items()}
-
-
 def possible_tasks(task_type, receptacles) -> list:
     """(object, receptacle where it must go), of objects that can also lie elsewhere in the room."""
-    from alfworld.gen import constants
-
-    holds = contents()
-    fits = constants.VAL_ACTION_OBJECTS.get(NEEDS.get(task_type))  # None: any object
-    tasks = []
-    for goal in receptacles:
-        for target in holds[goal]:
-            elsewhere = any(target in holds[r] for r in receptacles if r != goal)
-            if elsewhere and (fits is None or target in fits):
-                tasks.append((target, goal))
-    return tasks
+    fits = constants.VAL_ACTION_OBJECTS.get(NEEDS.get(task_type), OBJECTS)
+    return [
+        (target, goal)
+        for goal in receptacles
+        for target in HOLDS[goal]
+        if target in fits and any(target in HOLDS[r] for r in receptacles if r != goal)
+    ]
 
 
-def draw_room(task_type, rng) -> Room:
-    """6 to 9 receptacles, zero to three objects in each, and a task that can be solved."""
-    holds = contents()
+def draw_room(task_type, rng) -> tuple:
+    """6 to 9 receptacles, zero to three objects in each, and a task that can be solved.
+
+    -> (kind of room, its receptacles, the object of the task, the receptacle where it must go, the
+    lamp to look at it or "", [(object, number of its receptacle), ...]), everything by its type
+    """
     kind = rng.choice(ROOMS_OF[task_type])
-    always, optional = (names.split() for names in ROOMS[kind])
+    always, optional = FIXED.get(kind, "").split(), ROOMS[kind].split()
     more = rng.randint(6, 9) - len(always)
     receptacles = always + rng.sample(optional, min(len(optional), more))
-    lamp = ""
-    if task_type == "look_at_obj_in_light":
-        lamp = rng.choice(["DeskLamp", "FloorLamp"])
+    with_lamp = task_type == "look_at_obj_in_light"
+    lamp = rng.choice(["DeskLamp", "FloorLamp"]) if with_lamp else ""
     target, goal = rng.choice(possible_tasks(task_type, sorted(set(receptacles))))
-    elsewhere = [i for i, r in enumerate(receptacles) if r != goal and target in holds[r]]
+    elsewhere = [i for i, r in enumerate(receptacles) if r != goal and target in HOLDS[r]]
     copies = 2 if task_type == "pick_two_obj_and_place" else 1
     placed = [(target, rng.choice(elsewhere)) for _ in range(copies)]
     if lamp:
         placed.append((lamp, rng.randrange(len(receptacles))))
     for i, r in enumerate(receptacles):
-        others = [o for o in holds[r] if o != target]
+        others = [o for o in HOLDS[r] if o != target]
         count = rng.randint(0, 3)
         if others:
             placed += [(rng.choice(others), i) for _ in range(count)]
-    return Room(kind, receptacles, target, goal, lamp, placed)
+    return kind, receptacles, target, goal, lamp, placed
 
 
 def identify(kind, rng) -> str:
@@ -118,35 +96,33 @@ def identify(kind, rng) -> str:
     return kind.removesuffix("Basin") + where + (f"_bar_{kind}" if kind.endswith("Basin") else "")
 
 
-def write_problem(room: Room, rng, number) -> str:
+def write_problem(receptacles, target, lamp, placed, rng, number) -> str:
     """The room as a PDDL problem, up to its goal."""
-    from alfworld.gen import constants
-
-    holds = contents()
-    r_ids = [identify(r, rng) for r in room.receptacles]
-    o_ids = [identify(o, rng) for o, _ in room.placed]
-    spots = []
-    for i in range(len(room.receptacles)):
-        spots.append(f"loc_bar_{i}_bar_{rng.randint(1, 9)}_bar_{rng.randint(0, 3)}_bar_60")
+    r_ids = [identify(r, rng) for r in receptacles]
+    o_ids = [identify(o, rng) for o, _ in placed]
+    spots = [
+        f"loc_bar_{i}_bar_{rng.randint(1, 9)}_bar_{rng.randint(0, 3)}_bar_60"
+        for i in range(len(r_ids))
+    ]
     start = "loc_bar_0_bar_0_bar_0_bar_30"
-    r_kinds = sorted(set(room.receptacles))
-    o_kinds = sorted({room.target, *(o for o, _ in room.placed)})
+    r_kinds = sorted(set(receptacles))
+    o_kinds = sorted({target, *(o for o, _ in placed)})
 
     facts = [f"(atLocation agent1 {start})"]
-    for r, r_id, spot in zip(room.receptacles, r_ids, spots, strict=True):
+    for r, r_id, spot in zip(receptacles, r_ids, spots, strict=True):
         facts.append(f"(receptacleType {r_id} {r}Type)")
         facts.append(f"(receptacleAtLocation {r_id} {spot})")
         if r in constants.OPENABLE_CLASS_LIST:
             facts.append(f"(openable {r_id})")
-    for (o, i), o_id in zip(room.placed, o_ids, strict=True):
+    for (o, i), o_id in zip(placed, o_ids, strict=True):
         facts.append(f"(objectType {o_id} {o}Type)")
         facts.append(f"(inReceptacle {o_id} {r_ids[i]})")
         facts.append(f"(objectAtLocation {o_id} {spots[i]})")
-        facts.append(f"(toggleable {o_id})" if o == room.lamp else f"(pickupable {o_id})")
+        facts.append(f"(toggleable {o_id})" if o == lamp else f"(pickupable {o_id})")
         traits = [t for t in TRAITS if o in constants.VAL_ACTION_OBJECTS[t]]
         facts += [f"({trait.lower()} {o_id})" for trait in traits]
     for r in r_kinds:
-        facts += [f"(canContain {r}Type {o}Type)" for o in o_kinds if o in holds[r]]
+        facts += [f"(canContain {r}Type {o}Type)" for o in o_kinds if o in HOLDS[r]]
 
     objects = {
         "agent": ["agent1"],
@@ -164,23 +140,15 @@ def write_problem(room: Room, rng, number) -> str:
 
 
 def make_game(task_type: str, rng: random.Random, number: int) -> tuple:
-    """One random solvable game -> (its folder under a split, the content of game.tw-pddl, of
-    traj_data.json).
-
-    It is written in the domain and grammar of the alfworld package; the walkthrough is found by a
-    planner that sees everything and proved by playing it.
-    """
-    from alfworld.gen.goal_library import gdict
-    from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
-
-    room = draw_room(task_type, rng)
-    problem = write_problem(room, rng, number)
-    names = {"obj": room.target, "recep": room.goal, "toggle": room.lamp}
+    """One random solvable game -> (its folder under a split, game.tw-pddl, traj_data.json)."""
+    kind, receptacles, target, goal, lamp, placed = draw_room(task_type, rng)
+    problem = write_problem(receptacles, target, lamp, placed, rng, number)
+    names = {"obj": target, "recep": goal, "toggle": lamp}
     wish = gdict[task_type]["pddl"].format(**names).replace("#", "-")
     spoken = {name: word.lower() for name, word in names.items()}
     task = rng.choice(gdict[task_type]["templates"]).format(**spoken)
-    end = room.lamp or room.goal
-    folder = f"{task_type}-{room.target}-None-{end}-{number}/trial_T{number:08d}"
+    end = lamp or goal
+    folder = f"{task_type}-{target}-None-{end}-{number}/trial_T{number:08d}"
     data = {
         "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(),
         "grammar": Path(ALFRED_TWL2_PATH).read_text().replace("UNKNOWN GOAL", task),
@@ -191,11 +159,11 @@ def make_game(task_type: str, rng: random.Random, number: int) -> tuple:
     trajectory = {
         "task_type": task_type,
         "task_id": folder,
-        "scene": {"floor_plan": room.kind},
+        "scene": {"floor_plan": kind},
         "pddl_params": {
-            "object_target": room.target,
-            "parent_target": "" if room.lamp else room.goal,
-            "toggle_target": room.lamp,
+            "object_target": target,
+            "parent_target": "" if lamp else goal,
+            "toggle_target": lamp,
             "mrecep_target": "",
             "object_sliced": False,
         },
@@ -208,54 +176,38 @@ def solve(game: alfworld.Game) -> list:
     """The natural solution, by someone who sees into every receptacle; proved by playing it."""
     env = alfworld.AlfWorld(game)
     obs = env.reset()
-    kind, target, place = game.goal
+    kind = game.goal[0]
+    name = game.name
     plan = []
 
-    def do(action):
+    def do(*actions):
         nonlocal obs
-        assert action in obs.admissible, f"{game.path}: {action!r} is not admissible"
-        plan.append(action)
-        obs = env.step(action)[0]
-
-    def go(r):
-        if f"go to {game.name[r]}" in obs.admissible:  # else it stands here
-            do(f"go to {game.name[r]}")
-
-    def reach_into(r):
-        go(r)
-        if f"open {game.name[r]}" in obs.admissible:
-            do(f"open {game.name[r]}")
+        for action in actions:
+            if action in obs.admissible:  # else it stands there already, or that is open
+                plan.append(action)
+                obs = env.step(action)[0]
 
     place_of = {o: r for r, objects in game.inside.items() for o in objects}
-    wanted = [o for o in sorted(place_of) if target in game.otype[o]]
-    wanted = [o for o in wanted if place not in game.rtype[place_of[o]]]
-    goals = sorted(r for r in game.rtype if place in game.rtype[r])
-    if kind != "pick2":
-        wanted = wanted[:1]
-    for o in wanted[:2]:
-        reach_into(place_of[o])
-        do(f"take {game.name[o]} from {game.name[place_of[o]]}")
+    wanted = sorted(o for o in game.targets if place_of[o] not in game.places)
+    for o in wanted[: 2 if kind == "pick2" else 1]:
+        source = name[place_of[o]]
+        do(f"go to {source}", f"open {source}", f"take {name[o]} from {source}")
         if kind == "look":
-            lamp = next(o for o in sorted(place_of) if place in game.otype[o])
-            reach_into(place_of[lamp])
-            do(f"use {game.name[lamp]}")
+            lamp = min(game.places)
+            spot = name[place_of[lamp]]
+            do(f"go to {spot}", f"open {spot}", f"use {name[lamp]}")
             break
-        for verb, _, types in game.appliances:
-            if verb == kind:
-                appliance = next(r for r in sorted(game.rtype) if game.rtype[r] & types)
-                go(appliance)
-                do(f"{verb} {game.name[o]} with {game.name[appliance]}")
-        reach_into(goals[0])
-        do(f"move {game.name[o]} to {game.name[goals[0]]}")
+        if kind in game.appliances:
+            appliance = name[min(r for r in game.rtype if game.rtype[r] & game.appliances[kind])]
+            do(f"go to {appliance}", f"{kind} {name[o]} with {appliance}")
+        goal = name[min(game.places)]
+        do(f"go to {goal}", f"open {goal}", f"move {name[o]} to {goal}")
     assert env.won, f"{game.path}: the walkthrough does not win"
     return plan
 
 
 def make(root: Path, splits=SPLITS, seed: int = 0) -> Path:
-    """Write the missing splits under `root`, as $ALFWORLD_DATA, deterministic from the seed.
-
-    splits   {split: how many games}, one task type after the other
-    """
+    """Write the missing splits, {name: number of games}, under `root`; `seed` decides all."""
     for split, count in splits.items():
         folder = root / "json_2.1.1" / split
         if len(list(folder.glob("*/*/game.tw-pddl"))) >= count:

@@ -18,37 +18,26 @@ OPTIONS = {
     "flavor": ["apple", "cherry", "honey", "salt"],
     "pack": ["single", "double", "family"],
 }
-CATEGORIES = {  # category: (levels above the product, options, attributes, products)
-    "fashion": (
-        "Clothing › Basics",
-        ["color", "size"],
-        "soft warm slim loose light thick",
-        "shirt jacket sock hat scarf glove",
-    ),
-    "beauty": (
-        "Beauty › Care",
-        ["scent"],
-        "gentle natural fresh mild creamy clear",
-        "soap lotion shampoo cream mask balm",
-    ),
-    "grocery": (
-        "Grocery › Snacks",
-        ["flavor", "pack"],
-        "sweet crunchy organic dark dry raw",
-        "cookie cereal chip nut cracker candy",
-    ),
-    "garden": (
-        "Home › Living",
-        ["size", "color"],
-        "sturdy round flat tall modern wooden",
-        "chair table lamp shelf basket rug",
-    ),
-    "electronics": (
-        "Electronics › Parts",
-        ["color"],
-        "fast slim wireless portable quiet bright",
-        "cable charger speaker mouse keyboard radio",
-    ),
+CATEGORIES = {  # category: levels above the product, options
+    "fashion": ("Clothing › Basics", ["color", "size"]),
+    "beauty": ("Beauty › Care", ["scent"]),
+    "grocery": ("Grocery › Snacks", ["flavor", "pack"]),
+    "garden": ("Home › Living", ["size", "color"]),
+    "electronics": ("Electronics › Parts", ["color"]),
+}
+ATTRIBUTES = {
+    "fashion": "soft warm slim loose light thick",
+    "beauty": "gentle natural fresh mild creamy clear",
+    "grocery": "sweet crunchy organic dark dry raw",
+    "garden": "sturdy round flat tall modern wooden",
+    "electronics": "fast slim wireless portable quiet bright",
+}
+PRODUCTS = {
+    "fashion": "shirt jacket sock hat scarf glove",
+    "beauty": "soap lotion shampoo cream mask balm",
+    "grocery": "cookie cereal chip nut cracker candy",
+    "garden": "chair table lamp shelf basket rug",
+    "electronics": "cable charger speaker mouse keyboard radio",
 }
 BRANDS = "Arbo Belka Cando Delmar Evora Fenix Gilda Hanse Iris Jolin Kapro Lumo".split()
 
@@ -56,36 +45,31 @@ BRANDS = "Arbo Belka Cando Delmar Evora Fenix Gilda Hanse Iris Jolin Kapro Lumo"
 def make_catalogue(folder: Path, products: int, seed, difficulty=None) -> Path:
     """Write `products` random products with their instructions, in the original's format.
 
-    difficulty   how many options every product has, all named in its tasks (1 to 5): so many
-                 things must be right at once. None: those of its category, one or two
-
-    -> `folder`; the products are a function of `seed` and `difficulty`.
+    difficulty   how many options every product has, all named in its tasks (1 to 5), so that as
+                 many things must be right at once. None: those of its category, one or two
     """
     rng = random.Random(f"{seed} catalogue")
     items = []
     instructions = {}
     while len(items) < products:
         category = rng.choice(list(CATEGORIES))
-        levels, options, attributes, nouns = CATEGORIES[category]
-        noun = rng.choice(nouns.split())
-        first, second = rng.sample(attributes.split(), 2)
+        levels, options = CATEGORIES[category]
+        noun = rng.choice(PRODUCTS[category].split())
+        first, second = rng.sample(ATTRIBUTES[category].split(), 2)
         asin = (first[:3] + second[:3] + noun[:3]).upper()  # an id a small policy can spell
         if asin in instructions:
             continue
         price = rng.randint(5, 90)
-        offered = {}
         if difficulty:
             options = [*options, *(name for name in OPTIONS if name not in options)][:difficulty]
-        for name in options:
-            values = sorted(rng.sample(OPTIONS[name], 3))
-            offered[name] = [{"value": value} for value in values]
+        values = {name: sorted(rng.sample(OPTIONS[name], 3)) for name in options}
         product = {
             "asin": asin,
             "name": f"{rng.choice(BRANDS)} {first} {second} {noun}",
             "full_description": f"A {first} {noun}.",
             "small_description": [f"{first} and {second}"],
             "pricing": f"${price}.0",
-            "customization_options": offered,
+            "customization_options": {o: [{"value": v} for v in values[o]] for o in options},
             "category": category,
             "query": noun,
             "product_category": f"{levels} › {noun}",

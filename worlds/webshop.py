@@ -4,28 +4,19 @@
     obs = shop.reset()                        # obs.text: the page, its parts joined by [SEP]
     obs, reward, done, info = shop.step("search[red shirt]")    # 1.0 where the score is 1.0
 
-The original (github.com/princeton-nlp/WebShop) renders HTML with Flask, parses it back with
-BeautifulSoup and searches with Lucene. What an agent sees of that is a small state machine over
-five kinds of pages and a ranking that is a formula. Both are written out here and equal the
-original step by step on recorded sessions (`tests/test_webshop.py`), in microseconds a step
-instead of 11 ms.
+The original (github.com/princeton-nlp/WebShop) renders HTML, parses it back and searches with
+Lucene. What an agent sees of that is five kinds of pages and a ranking by a formula. Both are
+written out here and equal the original step by step (`tests/test_webshop.py`).
 
-Reads the three original files, any suffix such as `_1000` accepted:
-
-| file                   | holds                                                                   |
+| file, with any suffix  | holds                                                                   |
 |------------------------|-------------------------------------------------------------------------|
 | `items_shuffle*.json`  | products: name, description, options, price, category                   |
 | `items_ins_v2*.json`   | per product its attributes, maybe an instruction: the synthetic goals   |
 | `items_human_ins.json` | per product the instructions written by people: the human goals         |
 
-They are read once, product by product. What the engine needs of them is cached in
-`runs/webshop-cache/`: products are fetched from disk when a page shows them and the index is
-memory-mapped, so the full catalogue of 1.18 million products need not fit in memory.
-
-Differences from the original, on purpose: prices and price limits come from a generator seeded
-with `SEED` (the original does not seed it, they change from run to run), goals are shuffled once
-(verl-agent shuffles in every worker with another seed, which puts test goals into training), and
-`search[<a> ...]`, which crashes there, finds nothing.
+What the engine needs of these files is cached in `runs/webshop-cache/`. The full catalogue of 1.18
+million products need not fit in memory: they are read from disk when a page shows them, and the
+index is memory-mapped. worlds/README.md lists the deliberate differences from the original.
 """
 
 import array
@@ -51,7 +42,7 @@ from nltk.stem.porter import PorterStemmer
 from rapidfuzz import fuzz
 from rapidfuzz.utils import default_process
 
-from config import UserError
+from config import UserError, read_json
 from worlds import Observation
 
 # What every world tells `envs.py` about itself (see worlds/README.md).
@@ -68,12 +59,12 @@ GOAL_SEED = 0  # of the one shuffle of the goals
 RESULTS = 50  # of a search, at most
 PER_PAGE = 10
 CACHE = Path("runs/webshop-cache")
-FORMAT = 3  # raise it when what is cached changes
+FORMAT = 4  # raise it when what is cached changes
 ASIN = re.compile(r"[0-9A-Z]{1,10}")  # the id of a product
 STALE = 3600  # seconds after which the unfinished cache of another process counts as abandoned
 
 # --------------------------------------------------------------------------------------------------
-# Text analysis: Lucene's EnglishAnalyzer
+# Search: Lucene's EnglishAnalyzer and BM25
 # --------------------------------------------------------------------------------------------------
 
 # A token by the Unicode word-break rules, as Lucene's StandardTokenizer keeps it: letters, digits
@@ -93,7 +84,7 @@ TOKEN = regex.compile(
     r"|\p{Script=Han}|\p{Script=Hiragana}"
     rf"|{PICTURE}(?:\uFE0F|\p{{Emoji_Modifier}}|\u200D{PICTURE})*"
 )
-LONGEST_TOKEN = 255  # characters; Lucene cuts a longer one into pieces
+LONGEST = 255  # characters; Lucene cuts a longer one into pieces
 STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then "
     "there these they this to was will with".split()
@@ -111,21 +102,10 @@ def term_of(token: str):
 
 
 def analyze(text: str) -> list:
-    """Text -> search terms: tokens, possessive 's cut, lower case, no stop words, stems.
+    """Text -> search terms: "The dog's 3.5-inch RUNNING shoes" -> dog 3.5 inch run shoe."""
+    pieces = (t[i : i + LONGEST] for t in TOKEN.findall(text) for i in range(0, len(t), LONGEST))
+    return [term for term in map(term_of, pieces) if term]
 
-    >>> analyze("The dog's 3.5-inch RUNNING shoes")
-    ['dog', '3.5', 'inch', 'run', 'shoe']
-    """
-    terms = []
-    for token in TOKEN.findall(text):
-        for start in range(0, len(token), LONGEST_TOKEN):
-            terms.append(term_of(token[start : start + LONGEST_TOKEN]))
-    return [term for term in terms if term]
-
-
-# --------------------------------------------------------------------------------------------------
-# Search: Lucene's BM25, k1 = 0.9, b = 0.4
-# --------------------------------------------------------------------------------------------------
 
 K1 = np.float32(0.9)
 B = np.float32(0.4)
@@ -155,10 +135,7 @@ class Index:
 
     @staticmethod
     def build(documents, ids, folder):
-        """Write the index of an iterable of texts; its arrays hold 8 bytes for each posting.
-
-        UserError where there is not one word to search for.
-        """
+        """Write the index of an iterable of texts. UserError where there is no word in them."""
         terms = {}  # term -> its number
         lengths = []
         columns = [array.array("i") for _ in range(3)]  # term, document, frequency
@@ -176,8 +153,7 @@ class Index:
         stored = np.array([stored_length(n) for n in lengths], np.float32)
         norm = np.float32(1) / (K1 * ((1 - B) + B * stored / mean))  # [N] 1 / norm(d)
         order = np.argsort(term, kind="stable")
-        rank = np.empty(len(ids), np.int32)
-        rank[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
+        rank = np.argsort(np.argsort(ids)).astype(np.int32)
         starts = np.searchsorted(term[order], np.arange(len(terms) + 1))
         weights = frequency[order].astype(np.float32) * norm[doc[order]]  # [postings] f / norm(d)
         arrays = {"starts": starts, "docs": doc[order], "weights": weights, "rank": rank}
@@ -218,63 +194,49 @@ def find_file(folder, pattern) -> Path:
     return found[0]
 
 
-def stream_json(path, opening, block=1 << 20):
-    """The elements of a JSON array ("["), or the (key, value) pairs of an object ("{"), one by one.
+def stream_json(path, block=1 << 20):
+    """The elements of a JSON array, one by one, read `block` characters at a time.
 
-    Reads `block` characters at a time. UserError for anything else, or where the file breaks off.
+    UserError for anything else, or where the file breaks off.
     """
     decode = json.JSONDecoder().raw_decode
-    space = re.compile(r"[\s,:]*")
-    pairs = opening == "{"
-    closing = "}" if pairs else "]"
+    space = re.compile(r"[\s,]*")
     with open(path, encoding="utf-8") as file:
-        text = read_block(file, block)
-        if text[:1] != opening:
-            kind = "object" if pairs else "array"
-            raise UserError(f"{path}: not a JSON {kind}; download it again")
-        at = 1
-        parts = []  # of the pair that is being read
-        while True:
-            at = space.match(text, at).end()
-            if text[at : at + 1] == closing:
-                return
-            try:
-                value, end = decode(text, at)
-                complete = end < len(text)  # else a number or a value may go on in the next block
-            except (ValueError, RecursionError):
-                complete = False
-            if not complete:
-                more = read_block(file, max(block, len(text) - at))
-                if not more:
+        try:
+            text = file.read(block)
+            if text[:1] != "[":
+                raise UserError(f"{path}: not a JSON array; download it again")
+            at = 1
+            while True:
+                at = space.match(text, at).end()
+                if text.startswith("]", at):
+                    return
+                try:
+                    value, end = decode(text, at)
+                except (ValueError, RecursionError):
+                    end = len(text)
+                if end < len(text):
+                    yield value
+                    at = end
+                elif more := file.read(max(block, len(text) - at)):  # it may go on in there
+                    text = text[at:] + more
+                    at = 0
+                else:
                     raise UserError(f"{path}: no JSON, or it ends in the middle; download it again")
-                text = text[at:] + more
-                at = 0
-                continue
-            at = end
-            if not pairs:
-                yield value
-                continue
-            parts.append(value)
-            if not isinstance(parts[0], str):
-                raise UserError(f"{path}: a key of its JSON object is no text; download it again")
-            if len(parts) == 2:
-                yield tuple(parts)
-                parts = []
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8 text; download it again") from None
 
 
-def read_block(file, size) -> str:
-    try:
-        return file.read(size)
-    except UnicodeDecodeError:
-        raise UserError(f"{file.name}: not UTF-8 text; download it again") from None
+def read_object(path) -> dict:
+    """A JSON object. UserError for anything else."""
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: not a JSON object; download it again")
+    return data
 
 
 def read_product(raw: dict, attributes: dict, human: list) -> dict:
-    """An entry of items_shuffle -> what pages, search and reward use. Missing fields are empty.
-
-    attributes   its entry of items_ins_v2: the attributes, maybe an instruction
-    human        its entry of items_human_ins
-    """
+    """Its entries of items_shuffle, items_ins_v2, items_human_ins -> what of them is used."""
     bullets = raw.get("small_description") or []
     prices = read_prices(raw.get("pricing") or "")
     options = {}
@@ -282,11 +244,8 @@ def read_product(raw: dict, attributes: dict, human: list) -> dict:
         if contents is not None:
             values = [str(content["value"]).strip() for content in contents]
             options[name.lower()] = [value.replace("/", " | ").lower() for value in values]
-    written = []
-    for goal in human:
-        if goal["instruction_attributes"]:
-            fields = ("instruction", "instruction_attributes", "instruction_options")
-            written.append([goal[field] for field in fields])
+    fields = ("instruction", "instruction_attributes", "instruction_options")
+    written = [[goal[f] for f in fields] for goal in human if goal["instruction_attributes"]]
     return {
         "asin": raw["asin"],
         "title": raw.get("name") or "",
@@ -322,9 +281,7 @@ def check_product(product):
     for instruction, attributes, options in product["human"]:
         texts.append(instruction)
         lists += [attributes, options]
-    for values in lists:
-        texts = texts + values  # a TypeError where it is no list
-    "".join(texts).encode()  # an error where one is no text, or holds half a character
+    "".join(sum(lists, texts)).encode()  # an error for no list, no text or half a character
 
 
 def read_prices(text: str) -> list:
@@ -349,11 +306,9 @@ def price_limit(price: float, rng):
 
 
 def build_cache(folder, cache):
-    """Read the three files of `folder` once, and write the folder `cache`: products.jsonl with an
-    offset for each product, the table of prices and limits, the index, and a checksum of each.
+    """Write the folder `cache`, whole, from the files of `folder`; several processes may at once.
 
-    It is written beside its place and moved there when complete; several processes may do it at
-    once. UserError for a damaged file, with the number of the product.
+    UserError for a damaged file, with the number of the product.
     """
     shutil.rmtree(cache, ignore_errors=True)
     part = cache.with_name(f"{cache.name}.{os.urandom(4).hex()}.part")
@@ -367,45 +322,44 @@ def build_cache(folder, cache):
 
 
 def write_cache(folder, part):
-    """The content of a cache, into the empty folder `part`."""
-    attributes = dict(stream_json(find_file(folder, "items_ins_v2*.json"), "{"))
+    """Into the empty folder `part`: products.jsonl with an offset for each product, the table of
+    prices and limits, the index, and a checksum of each.
+    """
+    attributes = read_object(find_file(folder, "items_ins_v2*.json"))
     human_files = sorted(Path(folder).glob("items_human_ins*.json"))  # human goals are optional
-    human = dict(stream_json(human_files[0], "{")) if human_files else {}
+    human = read_object(human_files[0]) if human_files else {}
     offsets = [0]
-    ids = []
-    prices = []
-    instructed = []
+    prices = {}  # id -> [price] or [lowest, highest]
+    counts = []  # of each product: synthetic goals, None without an instruction, and human goals
     uses = Counter()  # attribute -> goals that have it
-    seen = set()
     path = part / "products.jsonl"
     source = find_file(folder, "items_shuffle*.json")
     with open(path, "wb") as file:
-        for number, raw in enumerate(stream_json(source, "["), 1):
+        for number, raw in enumerate(stream_json(source), 1):
             try:
                 asin = str(raw.get("asin") or "nan")
-                if asin == "nan" or len(asin) > 10 or asin in seen:
+                if asin == "nan" or len(asin) > 10 or asin in prices:
                     continue
-                seen.add(asin)
                 product = read_product(raw, attributes.get(asin, {}), human.get(asin, []))
                 check_product(product)
             except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-                reason = f"{error!r:.200}"
                 raise UserError(
                     f"{source}: product {number} is not in the original's format, here or in what "
-                    f"the other files say of it ({reason}); download the files again"
+                    f"the other files say of it ({error!r:.200}); download the files again"
                 ) from None
             line = json.dumps(product).encode() + b"\n"
             file.write(line)
             offsets.append(offsets[-1] + len(line))
-            ids.append(asin)
-            prices.append(product["prices"])
-            synthetic = None  # how many values each option of the goals has; None without goals
+            prices[asin] = product["prices"]
+            n_synthetic = None
             if product["instruction"] is not None:
-                synthetic = [len(values) for _, values in sorted(product["options"].items())]
+                n_synthetic = math.prod(map(len, product["options"].values()))
                 for attribute in product["instruction_attributes"]:
-                    uses[attribute] += math.prod(synthetic)
-            instructed.append((synthetic, len(product["human"]), product["category"]))
-    table = {"ids": ids, **draw_prices(prices, instructed), "instructed": instructed, "uses": uses}
+                    uses[attribute] += n_synthetic
+            counts.append((n_synthetic, len(product["human"])))
+    ids = list(prices)
+    drawn = draw_prices(prices.values(), counts)
+    table = {"ids": ids, **drawn, "counts": counts, "uses": uses}
     (part / "table.json").write_text(json.dumps(table))
     np.save(part / "offsets.npy", np.array(offsets))
     with open(path, "rb") as file:
@@ -418,10 +372,8 @@ def checksums(cache) -> dict:
     found = {}
     for path in cache.iterdir():
         if path.name != "checksums.json":
-            found[path.name] = 0
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    found[path.name] = zlib.crc32(block, found[path.name])
+            content = np.memmap(path, mode="r") if path.stat().st_size else b""
+            found[path.name] = zlib.crc32(content)
     return found
 
 
@@ -433,23 +385,17 @@ def is_intact(cache) -> bool:
         return False
 
 
-def draw_prices(prices, instructed) -> dict:
+def draw_prices(prices, counts) -> dict:
     """A price for each product and a limit for each goal, in the original's order of draws: all
     prices, then the limits, which start anew for the human goals.
-
-    prices       per product [price] or [lowest, highest]
-    instructed   per product as in `Catalogue`
     """
     rng = random.Random(SEED)
     drawn = [p[0] if len(p) == 1 else rng.uniform(*p) for p in prices]
+    goals = list(zip(drawn, counts, strict=True))
     state = rng.getstate()
-    limits = []
-    for price, (synthetic, _, _) in zip(drawn, instructed, strict=True):
-        limits.append(None if synthetic is None else price_limit(price, rng))
+    limits = [None if n is None else price_limit(p, rng) for p, (n, _) in goals]
     rng.setstate(state)
-    human_limits = []
-    for price, (_, n_human, _) in zip(drawn, instructed, strict=True):
-        human_limits.append([price_limit(price, rng) for _ in range(n_human)])
+    human_limits = [[price_limit(p, rng) for _ in range(n)] for p, (_, n) in goals]
     return {"prices": drawn, "limits": limits, "human_limits": human_limits}
 
 
@@ -462,7 +408,7 @@ class Catalogue:
         self.prices = table["prices"]
         self.limits = table["limits"]
         self.human_limits = table["human_limits"]
-        self.instructed = table["instructed"]  # (values per option or None, human goals, category)
+        self.counts = table["counts"]  # (synthetic goals or None, human goals)
         self.uses = table["uses"]
         self.number = {asin: i for i, asin in enumerate(self.ids)}
         self.index = Index(cache)
@@ -475,14 +421,14 @@ class Catalogue:
         return json.loads(bytes(self.lines[start:end]))
 
     def search(self, words: list) -> list:
-        """Numbers of the products for a query; <r>, <c> and <q> as first word are the original's
-        back doors (<r>, any products, are the same for the same words here).
+        """Numbers of the products for a query; <r> (any products), <c> and <q> as its first word
+        are the original's back doors.
         """
-        first = words[0]
-        rest = " ".join(words[1:]).strip()
+        first, *rest = words
+        rest = " ".join(rest).strip()
         if first == "<r>":
             count = len(self.ids)
-            rng = random.Random(rest.encode(errors="replace"))  # any string, half characters too
+            rng = random.Random(rest.encode(errors="replace"))  # half characters too
             return rng.sample(range(count), min(RESULTS, count))
         if first in ("<c>", "<q>"):
             name = "category" if first == "<c>" else "query"
@@ -492,30 +438,25 @@ class Catalogue:
     def goal_names(self, human=False) -> list:
         """Every goal as "<asin>/<number>" ("<asin>/human-<number>"), shuffled once."""
         names = []
-        for asin, (options, n_human, _) in zip(self.ids, self.instructed, strict=True):
-            if human:
-                names += [f"{asin}/human-{i}" for i in range(n_human)]
-            elif options is not None:
-                names += [f"{asin}/{i}" for i in range(math.prod(options))]
+        for asin, (n_synthetic, n_human) in zip(self.ids, self.counts, strict=True):
+            numbers = range(n_human if human else n_synthetic or 0)
+            names += [f"{asin}/{'human-' * human}{i}" for i in numbers]
         random.Random(GOAL_SEED).shuffle(names)
         return names
 
-    def split(self, name: str, human=False, verl=False, size=500) -> list[str]:
-        """Goals of "train" or "test".
-
-        An eighth of the products with goals is held out, and up to `size` of their goals are the
-        test; no product is in both. With `verl` the first `size` goals of the shuffle are the test,
-        as in verl-agent; on the small catalogue training then sees 121 of the 128 test products.
+    def split(self, name: str, human=False, verl=False) -> list[str]:
+        """Goals of "train" or "test": an eighth of the products is held out, and up to 500 of their
+        goals are the test. With `verl` the first 500 of all goals are, as in verl-agent.
         """
         names = self.goal_names(human)
         if verl:
-            size = min(size, len(names) // 2)
+            size = min(500, len(names) // 2)
             return names[:size] if name == "test" else names[size:]
         products = sorted({n.split("/")[0] for n in names})
         random.Random(GOAL_SEED).shuffle(products)
         held_out = set(products[: max(1, len(products) // 8)])
         if name == "test":
-            return [n for n in names if n.split("/")[0] in held_out][:size]
+            return [n for n in names if n.split("/")[0] in held_out][:500]
         return [n for n in names if n.split("/")[0] not in held_out]
 
     def goal(self, name: str) -> dict:
@@ -525,22 +466,22 @@ class Catalogue:
             raise UserError(f"goal {name}: no product {asin} in this catalogue; list goals again")
         number = self.number[asin]
         product = self.product(number)
-        options, count, _ = self.instructed[number]
-        if not which.startswith("human-"):
-            count = 0 if options is None else math.prod(options)
+        human = which.startswith("human-")
+        count = self.counts[number][human] or 0
         k = which.removeprefix("human-")
         if not k.isdecimal() or int(k) >= count:
             raise UserError(f"goal {name}: product {asin} has no such goal; list goals again")
-        k = int(k)
-        if which.startswith("human-"):
-            text, attributes, options = product["human"][k]
+        if human:
+            text, attributes, options = product["human"][int(k)]
             text = text.strip(".")
-            limit = self.human_limits[number][k]
+            limit = self.human_limits[number][int(k)]
             weight = 1
         else:
             text = product["instruction"]
             attributes = product["instruction_attributes"]
-            options = nth_choice(product["options"], k)
+            names = sorted(product["options"])  # the k-th of all ways to choose
+            choices = itertools.product(*(product["options"][name] for name in names))
+            options = dict(zip(names, next(itertools.islice(choices, int(k), None)), strict=True))
             if options:
                 text += " with " + ", and ".join(f"{k}: {v}" for k, v in options.items())
             limit = self.limits[number]
@@ -561,22 +502,12 @@ class Catalogue:
         }
 
 
-def nth_choice(options: dict, n: int) -> dict:
-    """{option: values} -> {option: value}, the n-th of all ways to choose, by sorted names."""
-    names = sorted(options)
-    choices = itertools.product(*(options[name] for name in names))
-    return dict(zip(names, next(itertools.islice(choices, n, None)), strict=True))
-
-
 @lru_cache(maxsize=4)
 def load_catalogue(folder) -> Catalogue:
-    """Open the cache of a data folder, built first where it is missing or damaged, or the files of
-    the folder changed.
-    """
+    """Open the cache of a data folder; a missing, damaged or outdated one is built first."""
     find_file(folder, "items_shuffle*.json")  # a clear error before anything else
-    files = []
-    for path in sorted(Path(folder).glob("items_*.json")):
-        files.append((str(path.resolve()), path.stat().st_size, path.stat().st_mtime))
+    paths = sorted(Path(folder).glob("items_*.json"))
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime) for path in paths]
     key = json.dumps([FORMAT, SEED, files]).encode()
     cache = CACHE / hashlib.sha256(key).hexdigest()[:16]
     for part in CACHE.glob("*.part"):  # of a process that was killed while it built
@@ -606,9 +537,7 @@ COLORS = (  # in the original's order: the first one contained in a value replac
 
 
 def normalize_color(value):
-    """The first colour word that `value` contains: of a string as a substring ("standard" is
-    "tan"), of a (name, value) pair as one of the two. `value` itself where there is none.
-    """
+    """The first color in a string ("standard" has "tan") or pair; `value` itself without one."""
     return next((color for color in COLORS if color in value), value)
 
 
@@ -621,22 +550,22 @@ def matches(a, b) -> bool:
 
 @lru_cache(maxsize=1)
 def tagger():
-    """(spaCy's English model, True) where it is installed, else (its tokenizer alone, False)."""
+    """spaCy's English model where it is installed, else its tokenizer alone."""
     import spacy  # comes with alfworld
 
     try:
-        return spacy.load("en_core_web_sm"), True
+        return spacy.load("en_core_web_sm")
     except OSError:
         print("webshop: no spaCy model en_core_web_sm, so every word of a title is a noun; this")
         print("can change the partial score of a wrong product, hardly ever a success")
-        return spacy.blank("en"), False
+        return spacy.blank("en")
 
 
 @lru_cache(maxsize=4096)
 def nouns(title: str) -> tuple:
     """The nouns of a title in lower case; every word with a letter where there is no tagger."""
-    parse, tagged = tagger()
-    if tagged:
+    parse = tagger()
+    if parse.pipe_names:
         chosen = [token for token in parse(title) if token.pos_ in ("NOUN", "PROPN")]
     else:
         chosen = [token for token in parse(title) if any(map(str.isalpha, token.text))]
@@ -650,25 +579,23 @@ def reward(product: dict, goal: dict, price: float, chosen: dict) -> float:
 
     r_type is 1 for the right kind of product: same query, two common levels of the category, or
     a fifth of the goal's nouns in the title; else 0.5; with hardly a common noun 0.1, with none 0.
-
-    price    the drawn price of the product
-    chosen   {option: value}
     """
     wanted = nouns(goal["name"])
     common = set(nouns(product["title"])) & set(wanted)
     title_score = len(common) / len(wanted) if wanted else 0.2
-    levels = category_levels(product) & category_levels(goal)
+    categories = (described["product_category"].split("›") for described in (product, goal))
+    levels = set.intersection(*({level.strip() for level in category} for category in categories))
     same_kind = product["query"] == goal["query"] or len(levels) >= 2
     r_type = 1.0 if same_kind or title_score > 0.2 else 0.5
     if title_score < 0.1:
         r_type = 0.1 if title_score > 0 else 0.0
 
-    text = [product["title"], " ".join(product["bullets"]), product["description"]]
-    text = [t.lower() for t in text]
-    n_attributes = 0
-    for want in goal["attributes"]:
-        listed = any(matches(have, want) for have in product["attributes"])
-        n_attributes += listed or any(want in t for t in text)
+    texts = (product["title"], " ".join(product["bullets"]), product["description"])
+    n_attributes = sum(
+        any(matches(have, want) for have in product["attributes"])
+        or any(want in text.lower() for text in texts)
+        for want in goal["attributes"]
+    )
     options = goal["goal_options"]
     if isinstance(options, dict):  # its items stay pairs, and are compared as such
         options = options.items()
@@ -678,11 +605,6 @@ def reward(product: dict, goal: dict, price: float, chosen: dict) -> float:
     right_price = price <= goal["price_upper"]
     total = n_attributes + n_options + right_price
     return total / (len(goal["attributes"]) + len(options) + 1) * r_type
-
-
-def category_levels(described: dict) -> set:
-    """The levels of the category of a product or a goal."""
-    return {level.strip() for level in described["product_category"].split("›")}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -699,28 +621,18 @@ SUBPAGES = ("Description", "Features", "Reviews")
 def parse_command(action: str) -> tuple:
     """A text "verb[target]" -> (verb, target in lower case), as the original's `(.+)\\[(.+)\\]`.
 
-    Greedy on one line: the target ends at the last "]" and begins at the last "[" that leaves it
-    something; anything else is a verb without a target. Linear in the length, which a regular
-    expression with two greedy parts is not.
+    On the first line the target ends at the last "]" and begins at the last "[" that leaves it
+    something. Linear in the length, which a regular expression with two greedy parts is not.
     """
-    line = action.split("\n", 1)[0]
-    stop = line.rfind("]")
-    start = line.rfind("[", 0, max(0, stop - 1))
-    if start < 1:
-        return action, ""
-    return line[:start], line[start + 1 : stop].lower()
+    inside, _, _ = action.split("\n", 1)[0].rpartition("]")
+    verb, _, _ = inside[:-1].rpartition("[")
+    return (verb, inside[len(verb) + 1 :].lower()) if verb else (action, "")
 
 
 class WebShop:
     """One shopping session for one goal, in the original's format.
 
-    | page     | shows                                         | leads to                       |
-    |----------|-----------------------------------------------|--------------------------------|
-    | search   | the instruction                               | results                        |
-    | results  | ten products: asin, title, price              | item, other results, search    |
-    | item     | options, title, price                         | subpages, itself, done         |
-    | subpage  | description, features or reviews              | item                           |
-    | done     | the score                                     |                                |
+    Pages: search -> results -> item -> its description, features or reviews; buying it ends.
     """
 
     def __init__(self, goal: dict, catalogue: Catalogue):
@@ -737,23 +649,16 @@ class WebShop:
         return self.observe()
 
     def step(self, action: str):
-        """Take an action -> (Observation, reward, done, info); a page ignores what it lacks.
-
-        reward        1.0 for a purchase with the full score, else 0.0
-        info          "score": the original's reward, in [0, 1]; "success": it is 1.0
-        """
+        """Take an action -> (Observation, reward, done, info); a page ignores what it lacks."""
         verb, target = parse_command(action)
-        if self.done:
-            pass
-        elif verb == "search" and target:  # on every page, with or without a search bar
+        if verb == "search" and target and not self.done:  # with or without a search bar
             self.words = target.split(" ")
             self.number = 1
             self.open_results()
         elif verb == "click" and target in self.clickables and target != "search":
             self.click(target)
-        success = self.done and self.score == 1.0
-        info = {"score": self.score, "success": success}
-        return self.observe(), float(success), self.done, info
+        info = {"score": self.score, "success": self.score == 1.0}
+        return self.observe(), float(self.score == 1.0), self.done, info
 
     def observe(self) -> Observation:
         admissible = [f"click[{name}]" for name in self.clickables]
@@ -764,26 +669,23 @@ class WebShop:
         return Observation(self.page, task, category, tuple(admissible), "webshop")
 
     def show(self, kind, parts, buttons, links=(), options=()):
-        """Make a page of text parts.
-
-        clickables   what can be clicked -> the option's name for one of its values, else None
-        """
+        """Make a page of text parts, and of buttons, links and option values to click."""
         head = ["WebShop"] if kind == "search" else []
         head += ["Instruction:", self.goal["instruction_text"]]
         visible = [p.strip() for p in head + parts if p not in ("", "\n")]
         self.kind = kind
+        if kind in ("search", "results"):  # no product is open
+            self.asin = None
+            self.options = {}
         self.page = " [SEP] ".join(visible)
+        # what can be clicked -> the option's name for one of its values, else None
         self.clickables = dict.fromkeys(name.lower() for name in [*buttons, *links])
         self.clickables |= {value: name for name, values in options for value in values}
 
     def open_search(self):
-        self.asin = None
-        self.options = {}
         self.show("search", ["Search"], ["search"])
 
     def open_results(self):
-        self.asin = None
-        self.options = {}
         found = self.catalogue.search(self.words)
         first = (self.number - 1) * PER_PAGE
         products = [self.catalogue.product(i) for i in found[first : first + PER_PAGE]]
@@ -801,15 +703,9 @@ class WebShop:
         parts += [p["title"], f"Price: {p['price_tag']}", "Rating: N.A.", *SUBPAGES, BUY]
         self.show("item", parts, [BACK, PREV, *SUBPAGES, BUY], (), p["options"].items())
 
-    def open_subpage(self, name):
-        p = self.catalogue.product(self.catalogue.number[self.asin])
-        texts = {"description": [p["description"]], "features": p["bullets"], "reviews": []}
-        self.show("subpage", [BACK, PREV, *texts[name]], [BACK, PREV])
-
     def buy(self):
         number = self.catalogue.number[self.asin]
-        product = self.catalogue.product(number)
-        price = self.catalogue.prices[number]
+        product, price = self.catalogue.product(number), self.catalogue.prices[number]
         self.score = reward(product, self.goal, price, self.options)
         self.done = True
         chosen = json.dumps(self.options, sort_keys=True)
@@ -825,18 +721,15 @@ class WebShop:
             self.buy()
         elif target == BACK.lower():
             self.open_search()
-        elif target == NEXT.lower() and self.kind == "results":
-            self.number += 1
+        elif self.kind == "results" and target in (PREV.lower(), NEXT.lower()):
+            self.number += 1 if target == NEXT.lower() else -1
             self.open_results()
-        elif target == PREV.lower() and self.kind == "results":
-            self.number -= 1
-            self.open_results()
-        elif target == PREV.lower() and self.kind == "subpage":
-            self.open_item()
         elif target == PREV.lower():
-            self.open_results()
+            self.open_item() if self.kind == "subpage" else self.open_results()
         elif target.capitalize() in SUBPAGES:
-            self.open_subpage(target)
+            p = self.catalogue.product(self.catalogue.number[self.asin])
+            texts = {"description": [p["description"]], "features": p["bullets"], "reviews": []}
+            self.show("subpage", [BACK, PREV, *texts[target]], [BACK, PREV])
         elif self.clickables[target] is not None:
             self.options[self.clickables[target]] = target
             self.open_item()
@@ -861,23 +754,15 @@ DONE_PAGE = (
 
 
 def open_item(item, engine: str = "fast") -> WebShop:
-    """A session for "<data folder>/<asin>/<number>" as `list_items` gives it, or for a goal as a
-    dict in the original's format, in the catalogue under $WEBSHOP_DATA. There is one engine.
-
-    UserError without the data, or for a product that is not in them.
-    """
-    if isinstance(item, dict):
-        return WebShop(item, load_catalogue(os.environ.get("WEBSHOP_DATA", ".")))
+    """A session for "<data folder>/<asin>/<number>". UserError for a goal that is not there."""
     path = Path(item)
     catalogue = load_catalogue(str(path.parent.parent))
     return WebShop(catalogue.goal(f"{path.parent.name}/{path.name}"), catalogue)
 
 
 def list_items(root, split: str) -> list[str]:
-    """The goals of a split: "train" or "test", with ":human" for goals written by people, with
-    ":verl" for the usual split (see `Catalogue.split`).
-
-    UserError for another split, without the data, or where there are no such goals.
+    """The goals of "train" or "test", with ":human" those written by people, with ":verl" in the
+    usual split (see `Catalogue.split`). UserError where there are none.
     """
     name, *rules = split.split(":")
     if name not in ("train", "test") or not set(rules) <= {"human", "verl"}:
