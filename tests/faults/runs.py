@@ -47,7 +47,7 @@ class GivenBank(SkillBank):
         if skills is None:
             skills = [
                 Skill(f"shopping for {name}", strategy_text(options[:1]), name, status="active")
-                for name, (_, options, _, _) in CATEGORIES.items()
+                for name, (_, options) in CATEGORIES.items()
             ]
         super().__init__(config, skills)
 
