@@ -59,10 +59,6 @@ def local_path(path) -> Path | str:
     return BUILT.get(name, path)
 
 
-def dtype_of(config: Config) -> torch.dtype:
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-
-
 def load_policy(path, config: Config, device, trainable=True) -> tuple:
     """Hub name, folder or name of `SHAPES` -> (model, tokenizer)."""
     path = local_path(path)
@@ -71,7 +67,7 @@ def load_policy(path, config: Config, device, trainable=True) -> tuple:
         raise UserError(
             f"{path}: no such model folder; give --model a folder in HF format or a hub name"
         )
-    dtype = dtype_of(config)
+    dtype = getattr(torch, config.dtype)
     try:
         # tokenizer.json as it is: AutoTokenizer would put Qwen2's own pre-tokenizer in its place
         words = local_path("tiny") if path in SHAPES else path
