@@ -53,11 +53,6 @@ def destroy():
         dist.destroy_process_group()
 
 
-def barrier():
-    if world_size() > 1:
-        dist.barrier()
-
-
 def all_gather(values: list) -> list:
     """The lists of all ranks, one after the other, on every rank."""
     if world_size() == 1:
@@ -65,6 +60,11 @@ def all_gather(values: list) -> list:
     lists = [None] * world_size()
     dist.all_gather_object(lists, values)
     return [value for part in lists for value in part]
+
+
+def by_one(work):
+    """work(), done by rank 0 for all."""
+    return all_gather([work()] if rank() == 0 else [])[0]
 
 
 def all_reduce(values: dict[str, float]) -> dict[str, float]:
