@@ -84,7 +84,12 @@ def read_command_line(kinds, doc) -> dict:
             add_flag(group, f, (asdict(kind()) | preset)[f.name])
     given, unknown = parser.parse_known_args()
     if unknown:
-        raise unknown_flag(unknown[0], [f.name for kind in kinds for f in fields(kind)])
+        word = unknown[0]
+        name = word.split("=")[0].lstrip("-")
+        known = [f.name for kind in kinds for f in fields(kind)]
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean --{close[0]}?" if close else "see --help"
+        raise UserError(f"unknown flag {word}: {OLD.get(name) or hint}")
     return vars(given)
 
 
@@ -115,13 +120,6 @@ def true_or_false(text) -> bool:
 def refuse(message):
     """What argparse found wrong, as one line."""
     raise UserError(f"{message}; see --help")
-
-
-def unknown_flag(word, known) -> UserError:
-    name = word.split("=")[0].lstrip("-")
-    close = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean --{close[0]}?" if close else "see --help"
-    return UserError(f"unknown flag {word}: {OLD.get(name) or hint}")
 
 
 def check_name(flag_name, run):
@@ -155,9 +153,8 @@ def known_flags(path) -> dict:
     flags = read_json(path)
     names = {f.name for f in fields(Config)}
     for name in sorted(set(flags) ^ names):
-        what = (
-            f"--{name} is {OLD.get(name, 'not a flag here')}" if name in flags else f"no --{name}"
-        )
+        known = OLD.get(name, "not a flag here")
+        what = f"--{name} is {known}" if name in flags else f"no --{name}"
         raise UserError(f"{path}: {what}; it is of another version, begin a new --run")
     return flags
 
