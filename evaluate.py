@@ -5,9 +5,8 @@
     python evaluate.py --checkpoint mine --skills       # memory-augmented baseline
     python evaluate.py --preset alfworld-7b --checkpoint init --eval_split valid_unseen
 
-Prints success by task type and overall with counts and Wilson 95% intervals; writes
-runs/<run>/eval-....json, with a digest of the items' names: equal digests, equal panels. An
-interrupted evaluation goes on with the same command.
+Prints success by task type with Wilson 95% intervals; writes runs/<run>/eval-....json, with a
+digest of the items' names: equal digests, equal panels. Interrupted, the same command goes on.
 """
 
 import hashlib
@@ -33,9 +32,7 @@ WAVE = 64  # items played together, after which the results are on the disk
 
 @dataclass
 class Evaluation:
-    checkpoint: str = flag(
-        "distill", "init, warmup, mine or distill of the run, or a model", group="evaluation"
-    )
+    checkpoint: str = flag("distill", "init, or a phase of the run, or a model", group="evaluation")
     eval_split: str = flag("", "empty: valid_seen (ALFWorld) or test (WebShop)")
     eval_temperature: float = flag(0.4, "of the sampling; 0 is greedy", at_least=0, below=100)
     eval_seed: int = flag(0, "of the sampling", at_least=0, below=2**32)
@@ -108,25 +105,20 @@ def summarize(outcomes) -> dict[str, dict]:
         by_type[outcome["task_type"]].append(outcome)
     result = {}
     for name, chosen in (dict(sorted(by_type.items())) | {"all": outcomes}).items():
+        n = len(chosen)
         solved = sum(e["success"] for e in chosen)
-        low, high = wilson(solved, len(chosen))
-        result[name] = {
-            "n": len(chosen),
-            "solved": solved,
-            "success": solved / len(chosen),
-            "low": low,
-            "high": high,
-            "score": float(np.mean([e["score"] for e in chosen])),
-            "steps": float(np.mean([e["steps"] for e in chosen])),
+        low, high = wilson(solved, n)
+        result[name] = {"n": n, "solved": solved, "success": solved / n, "low": low, "high": high}
+        result[name] |= {
+            key: float(np.mean([e[key] for e in chosen])) for key in ("score", "steps")
         }
     return result
 
 
 def table(results) -> str:
     """What `summarize` gives, a line for each task type."""
-    lines = [
-        f"{'task type':<12}{'solved':>10}{'success':>9}{'95% interval':>17}{'score':>7}  steps"
-    ]
+    head = f"{'task type':<12}{'solved':>10}{'success':>9}{'95% interval':>17}{'score':>7}  steps"
+    lines = [head]
     for name, r in results.items():
         counts = f"{r['solved']}/{r['n']}"
         interval = f"{r['low']:.3f} to {r['high']:.3f}"
@@ -196,14 +188,13 @@ def main():
         bank = SkillBank.load(saves.find(root, phase) or root / phase, config)
     policy = Policy(*load_policy(path, config, device, trainable=False))
 
+    temperature, seed = choice.eval_temperature, choice.eval_seed
     label = choice.checkpoint.strip("/").replace("/", "-") + ("-skills" if bank else "")
-    name = f"eval-{split.replace(':', '-')}-{label}"
-    name += f"-T{choice.eval_temperature:g}-s{choice.eval_seed}"
+    name = f"eval-{split.replace(':', '-')}-{label}-T{temperature:g}-s{seed}"
     name += f"-n{len(items)}" if choice.eval_items else ""
     out = Path(choice.out or Path("runs") / config.run / f"{name}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     done = out.with_name(f"{out.stem}-{identity_of(config, choice, items, path, bank)}.waves")
-    temperature, seed = choice.eval_temperature, choice.eval_seed
     outcomes = evaluate(policy, config, items, temperature, seed, bank, done)
 
     results = summarize(outcomes)

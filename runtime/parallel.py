@@ -4,9 +4,8 @@
 
 Every process runs the same script with the same seed. They differ in two places: `rollout` plays
 the groups of its own rank and then gathers the episodes of all, `update` trains the rows of its own
-rank while FSDP sums the gradients. What lies between (advantages, Delta_g, the skill bank) is small
-and computed by all alike, so the phases read as for one process. Without torchrun there is one
-rank, and nothing here does anything.
+rank while FSDP sums the gradients. What lies between (advantages, Delta_g, the skill bank) is
+computed by all alike. Without torchrun there is one rank, and nothing here does anything.
 
 | state       | where                                                                             |
 |-------------|-----------------------------------------------------------------------------------|
