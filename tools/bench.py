@@ -34,7 +34,7 @@ from runtime import memory
 from runtime.flags import parse_config
 from runtime.generation import Cache, eos_ids, generate, response_lengths
 from runtime.policy import Policy, load_policy, make_optimizer
-from runtime.run import append, list_items, run_script, set_up
+from runtime.run import append, list_items, peak_memory, run_script, set_up
 
 
 @dataclass
@@ -60,11 +60,10 @@ def figure(bench, name, value, unit, peer_name, peer, **more):
     report(bench, line | more)
 
 
-def peak_memory(bench, name, expected):
+def memory_figure(bench, name, expected):
     """Peak of the GPU's memory since the last call."""
     if torch.cuda.is_available():
-        figure(bench, name, torch.cuda.max_memory_allocated(), "bytes", "expected", expected)
-        torch.cuda.reset_peak_memory_stats()
+        figure(bench, name, peak_memory(), "bytes", "expected", expected)
 
 
 def seconds(run, device, repeat=3) -> float:
@@ -130,14 +129,13 @@ def bench_decode(policy, config, bench, prompts):
         first, all_of_them = (seconds(lambda n=n: decode(n), model.device) for n in (1, new))
         return 1e3 * (all_of_them - first) / (new - 1)
 
-    a = torch.empty(1 << 26, device=model.device)
-    b = torch.empty_like(a)
-    bandwidth = 2 * 4 * len(a) / seconds(lambda: b.copy_(a), model.device)  # bytes/s
+    source, target = torch.empty(2, 1 << 26, device=model.device)
+    copied = 2 * source.nbytes / seconds(lambda: target.copy_(source), model.device)  # bytes/s
     size = next(model.parameters()).element_size()
     context = sum(map(len, prompts)) + rows * new / 2
     read = size * model.num_parameters() + memory.cache_bytes(model.config, size, context)
     step = step_ms(graphs=True)
-    figure(bench, "decode", step, "ms", "bandwidth_bound", 1e3 * read / bandwidth, rows=rows)
+    figure(bench, "decode", step, "ms", "bandwidth_bound", 1e3 * read / copied, rows=rows)
     if model.device.type == "cuda":
         figure(bench, "graph", step, "ms", "eager", step_ms(graphs=False))
 
@@ -177,7 +175,7 @@ def bench_update(policy, config, bench, steps):
     total, device = sum(map(len, rows)), policy.model.device
     ours = total / seconds(lambda: update(policy, rows, one_step, seed=0), device)
     parts = memory.parts(config) | {"KV cache": 0, "reference": 0}
-    peak_memory(bench, "memory_update", memory.situations(parts, config.offload)["update"])
+    memory_figure(bench, "memory_update", memory.situations(parts, config.offload)["update"])
     peer = total / seconds(lambda: padded_step(policy, rows, config.micro_tokens), device)
     more = {"rows": len(rows), "row_tokens": total / len(rows)}
     figure(bench, "update", ours, "tokens/s", "padded_full_logits", peer, **more)
@@ -201,7 +199,7 @@ def main():
         repeats = 1 + bench.prompt_tokens // len(step.prompt_ids)
         step.prompt_ids = (step.prompt_ids * repeats)[: bench.prompt_tokens]
     parts = memory.parts(short) | {"optimizer": 0, "reference": 0}  # neither is loaded yet
-    peak_memory(bench, "memory_rollout", memory.situations(parts, False)["rollout"])
+    memory_figure(bench, "memory_rollout", memory.situations(parts, False)["rollout"])
     prompts = [step.prompt_ids for step in steps]
     bench_rollout(policy, config, bench, prompts)
     bench_decode(policy, config, bench, prompts[: config.generation_rows])

@@ -3,18 +3,15 @@
     python -m tools.report --run tiny                          # runs/tiny/plot.png and report.html
     python -m tools.report --run tiny --control tiny-control   # with GiGPO from the same warm-up
 
-Prints the evaluations of the run, and of its control's end, in one table, which is also written to
-table.json. The picture has four panels over the iterations: success of the plain and of the skill
-half, Delta_g, skills by status, and lambda with the share of gated tokens. The page adds every
-skill with its life, and some games side by side, with a skill in the prompt and without. Tokens
-that phase 2 distilled are marked, darker for a greater weight w.
-
-The page needs no network and runs no script; every text of a model or a world is escaped.
+Prints the evaluations of the run, and of its control's end, in one table, also as table.json. The
+page adds every skill with its life, and some games with a skill in the prompt and without. Tokens
+that phase 2 distilled are marked, darker for a greater weight w. The page needs no network and runs
+no script; every text of a model or a world is escaped.
 """
 
-import argparse
 import base64
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from html import escape
 from pathlib import Path
@@ -58,11 +55,11 @@ def evaluations(name, control="") -> list[dict]:
     for run in filter(None, (name, control)):
         logged = read_metrics(run)
         for checkpoint in NAMES if run == name else ["distill"]:
+            ends = [0] + [x["episodes_so_far"] for x in logged if x["phase"] == checkpoint]
             for path in sorted((Path("runs") / run).glob(f"eval-*-{checkpoint}-*T*.json")):
                 record = read_json(path)
                 label = NAMES[checkpoint] if run == name else CONTROL
                 label += ", skills in the prompt" if record["skills"] else ""
-                ends = [0] + [x["episodes_so_far"] for x in logged if x["phase"] == checkpoint]
                 panel = [record[key] for key in ("split", "digest", "temperature", "seed")]
                 row = {"name": label, "episodes": ends[-1], "panel": panel}
                 rows.append(row | record["results"]["all"])
@@ -124,8 +121,10 @@ def draw(run, control=""):
         success.plot(x, smooth(values), color=color, label=f"{half} half")
     if control:
         x, values = line_of(read_metrics(control), "success_plain")
-        success.plot(x, smooth(values), "--", color=GRAY, label="control: GiGPO alone")
-    draw_evaluations(success, run, control, {"init": 0.0, **ends})
+        success.plot(x, smooth(values), "--", color=GRAY, label=CONTROL)
+    places = {NAMES[phase]: (end, "black") for phase, end in {"init": 0.0, **ends}.items()}
+    places[CONTROL] = (edges[-1], GRAY)
+    draw_evaluations(success, evaluations(run, control), places)
     success.set(ylabel="success", ylim=(-0.04, 1.04))
 
     x, values = line_of(records, "delta")
@@ -164,21 +163,16 @@ def draw(run, control=""):
     return figure
 
 
-def draw_evaluations(axis, run, control, ends):
-    """Each checkpoint's plain evaluation where its phase ends, and the control's at the end."""
-    points = []  # (x, y, color, result)
-    for name, phases, color in ((run, ends, "black"), (control, ["distill"], GRAY)):
-        for phase in phases if name else ():
-            for path in sorted((Path("runs") / name).glob(f"eval-*-{phase}-T*.json")):
-                result = read_json(path)["results"]["all"]
-                points.append((ends.get(phase, 0.0), result["success"], color, result))
+def draw_evaluations(axis, rows, places):
+    """The evaluations of the plain prompt, at places: name -> (x, color)."""
+    points = [(*places[row["name"]], row["success"], row) for row in rows if row["name"] in places]
     label = "evaluation, 95%"
-    for x, y, color, result in points:
-        error = [[y - result["low"]], [result["high"] - y]]
+    for x, color, y, row in points:
+        error = [[y - row["low"]], [row["high"] - y]]
         look = {"fmt": "D", "color": color, "capsize": 3, "ms": 5, "zorder": 4}
         axis.errorbar([x], [y], yerr=error, label=label, **look)
         label = None  # one line in the legend is enough
-        below = any(other > y for at, other, *_ in points if at == x)
+        below = any(at == x and other > y for at, _, other, _ in points)
         place = {"xytext": (6, -14 if below else 5), "textcoords": "offset points", "zorder": 5}
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axis.annotate(f"{y:.2f}", (x, y), color=color, bbox=box, **place)
@@ -274,13 +268,13 @@ def pairs(root, most=6) -> str:
     for record in read_jsonl(path) if path.exists() else ():
         key = (record["phase"], record["iteration"], record["group"])
         found[key][bool(record["skills"])] = record
-    games = [(*key[:2], x[True], x[False]) for key, x in found.items() if len(x) == 2]
-    games = [game for game in games if game[2]["success"] != game[3]["success"]] or games
+    games = [(x[True], x[False]) for x in found.values() if len(x) == 2]
+    games = [game for game in games if game[0]["success"] != game[1]["success"]] or games
     parts = []
     for i in range(min(most, len(games))):
-        phase, iteration, skill, plain = games[i * len(games) // min(most, len(games))]
+        skill, plain = games[i * len(games) // min(most, len(games))]
         effect = "" if skill["delta"] is None else f", Δ_g = {skill['delta']:+.2f}"
-        parts.append(f"<h3>{escape(phase)} {iteration}{effect}</h3>")
+        parts.append(f"<h3>{escape(skill['phase'])} {skill['iteration']}{effect}</h3>")
         parts.append(f"<p>{escape(skill['task'])}</p>")
         parts.append(f'<div class="pair">{episode(skill)}{episode(plain)}</div>')
     return "\n".join(parts) or "<p>No game of which both halves were written out.</p>"
@@ -290,15 +284,13 @@ def run_page(name, rows) -> str:
     """The page of a run that has been drawn."""
     root = Path("runs") / name
     image = base64.b64encode((root / "plot.png").read_bytes()).decode()
-    table = html_table(HEAD, [map(escape, cells_of(row)) for row in rows])
-    flags = json.dumps(saved_flags(root), indent=1)
     title = escape(f"SIRI run {name}")
     sections = {
-        "Evaluations": table,
+        "Evaluations": html_table(HEAD, [map(escape, cells_of(row)) for row in rows]),
         "Curves": f'<img alt="curves" src="data:image/png;base64,{image}">',
         "Skills and their lives": skill_lives(root),
         "The same game with the skill and without": pairs(root),
-        "Flags": f"<pre>{escape(flags)}</pre>",
+        "Flags": f"<pre>{escape(json.dumps(saved_flags(root), indent=1))}</pre>",
     }
     body = "\n".join(f"<h2>{head}</h2>\n{html}" for head, html in sections.items())
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
@@ -306,9 +298,7 @@ def run_page(name, rows) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="tiny", help="name of a run")
     parser.add_argument("--control", default="", help="name of its control, a run too")
     args = parser.parse_args()
