@@ -3,13 +3,11 @@
 `generate` samples what `model.generate` would, with the modules of the same model. It is faster
 since
 
-- equal prompts are read once: the members of a group all begin with the same one;
-- prompts are padded on the right and read by causal attention without a mask (the fast kernel), in
-  chunks of similar length; the last layer computes the last position only;
+- equal prompts are read once, in chunks of similar length, padded on the right and without a mask
+  (the fast attention kernel); the last layer computes the last position only;
 - the KV cache is written in place, and key heads are not repeated for their query heads (GQA);
 - rows that have ended leave the batch, whose size halves each time half of it has ended;
-- sampling never waits for the device;
-- on a GPU the decode step is captured once per shape as a CUDA graph and replayed.
+- on a GPU sampling waits for nothing, and the decode step is replayed as a CUDA graph.
 
 Shapes: B rows, T new tokens, S cached tokens, D hidden size, V vocabulary.
 """
@@ -92,25 +90,21 @@ def forward(model, ids, rows, positions, cache, visible=None):
     cos, sin = (table[:, :, None] for table in decoder.rotary_emb(x, at))
     if not prompt:
         mask = torch.arange(visible, device=ids.device) <= at  # [B, S]
-    for depth, (layer, keys, values) in enumerate(
-        zip(decoder.layers, cache.keys, cache.values, strict=True)
-    ):
+    for layer, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True):
         attention = layer.self_attn
         h = layer.input_layernorm(x)  # [B, T, D]
         size = (B, T, -1, keys.shape[-1])
         q, k, v = (f(h).view(size) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
         if hasattr(attention, "q_norm"):  # Qwen3
-            q = attention.q_norm(q)
-            k = attention.k_norm(k)
-        q = rotate(q, cos, sin)  # [B, T, heads, head size]
-        k = rotate(k, cos, sin)
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, T, heads, head size]
         keys[rows[:, None], at] = k
         values[rows[:, None], at] = v
         if prompt:
             q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # [B, heads, T, head size]
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             y = y.transpose(1, 2).reshape(B, T, -1)
-            if depth == len(decoder.layers) - 1:  # nothing reads the other positions any more
+            if layer is decoder.layers[-1]:  # nothing reads the other positions any more
                 every = torch.arange(B, device=ids.device)
                 x = x[every, positions][:, None]  # [B, 1, D]
                 y = y[every, positions][:, None]
@@ -207,8 +201,7 @@ def sample_batch(model, prompts, uniform, ends, cache, *, temperature, stop):
     """
     device = uniform.device
     B, new = uniform.shape
-    tokens = torch.zeros_like(uniform, dtype=torch.long)
-    logprobs = torch.zeros_like(uniform)
+    tokens, logprobs = torch.zeros_like(uniform, dtype=torch.long), torch.zeros_like(uniform)
     where = torch.tensor([len(prompt) for prompt in prompts], device=device)  # next position
     logits = read_prompts(model, prompts, cache)
     token, logprob = sample(logits, uniform[:, 0], temperature)
@@ -236,10 +229,7 @@ def sample_batch(model, prompts, uniform, ends, cache, *, temperature, stop):
             if alive <= len(done) // 2:  # those still running, and ended ones to fill up
                 keep = done.int().argsort(stable=True)[: len(done) // 2]
                 cache.move(keep, slice(len(keep)))
-                slots = slots[keep]
-                done = done[keep]
-                token = token[keep]
-                where = where[keep]
+                slots, done, token, where = (x[keep] for x in (slots, done, token, where))
     return tokens, logprobs
 
 

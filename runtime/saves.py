@@ -36,10 +36,8 @@ def files_of(folder: Path) -> dict[str, list]:
 def flush(path):
     """Wait until a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def put(part: Path, folder: Path):
@@ -88,19 +86,18 @@ def find(root: Path, phase: str, set_aside=False) -> Path | None:
 
     UserError when there are saves, and all are damaged.
     """
-    newest = root / phase
-    before = root / f"{phase}.old"
+    newest, before = root / phase, root / f"{phase}.old"
     problems = []
     for folder in (newest, before):
         if not folder.exists():
             continue
-        problems.append(problem(folder))
-        if problems[-1]:
+        if reason := problem(folder):
+            problems.append(reason)
             continue
         if folder == before:
-            reason = problems[0] if newest.exists() else f"{newest} is missing"
+            reason = problems[0] if problems else f"{newest} is missing"
             print(f"{reason}; the save before it, {before}, is used")
-            if newest.exists() and set_aside:
+            if problems and set_aside:
                 damaged = root / f"{phase}.damaged"
                 shutil.rmtree(damaged, ignore_errors=True)
                 newest.rename(damaged)
