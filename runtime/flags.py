@@ -45,14 +45,13 @@ def parse_config(phase: str, doc: str, extra=None):
     run = given.get("run", preset["run"])
     fork = given.get("fork", "")
     check_name("run", run)
-    if fork:
-        check_name("fork", fork)
-        if phase == "warmup" or run == fork:
-            raise UserError(f"--fork {fork}: for mine.py and distill.py, with another --run")
+    check_name("fork", fork or run)
+    if fork and (phase == "warmup" or run == fork):
+        raise UserError(f"--fork {fork}: for mine.py and distill.py, with another --run")
     saved = saved_flags(Path("runs") / run) if phase != "warmup" else {}
     if fork and not saved:
         saved = saved_flags(Path("runs") / fork)
-    more = {name: given.pop(name) for name in list(given) if name not in preset}
+    more = {name: given.pop(name) for name in given.keys() - preset.keys()}
     config = Config(**preset | saved | given | {"run": run})
     for f in fields(Config):
         value = getattr(config, f.name)
@@ -99,9 +98,8 @@ def add_flag(group, f, default):
     text = f.metadata["help"] + (f" ({shown})" if shown != "" else "")
     if f.type is not str and f.metadata["choices"]:
         text = f"{', '.join(map(str, f.metadata['choices']))}; {text}"
-    words = {int: "N", float: "X", bool: "false", str: "TEXT"}
-    options = {"help": text.replace("%", "%%"), "type": f.type}
-    options["metavar"] = words.get(f.type, "A,B")
+    word = {int: "N", float: "X", bool: "false", str: "TEXT"}.get(f.type, "A,B")
+    options = {"help": text.replace("%", "%%"), "type": f.type, "metavar": word}
     if f.type is bool:
         options |= {"type": true_or_false, "nargs": "?", "const": True}
     elif isinstance(default, list):
@@ -111,10 +109,9 @@ def add_flag(group, f, default):
 
 
 def true_or_false(text) -> bool:
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in words:
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
-    return words[text.lower()]
+    return text.lower() in ("true", "1", "yes")
 
 
 def refuse(message):

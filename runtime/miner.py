@@ -31,6 +31,7 @@ def ask_endpoint(prompts, config, seed) -> list[str]:
     key = os.environ.get("OPENAI_API_KEY", "none")
     client = InferenceClient(base_url=url, api_key=key, timeout=TIMEOUT)
     settings = {"model": model or None, "max_tokens": config.max_response_tokens}
+    settings["temperature"] = 1.0
     answers = []  # (text, why there is none)
     asked = prompts if parallel.rank() == 0 else []
     for number, prompt in enumerate(tqdm(asked, desc="miner", unit="skill", leave=False)):
@@ -38,9 +39,8 @@ def ask_endpoint(prompts, config, seed) -> list[str]:
             answers.append(("", "not asked after the others had failed"))
             continue
         chat = [{"role": "user", "content": prompt}]
-        own_seed = seed % 2**31 + number
         try:
-            answer = client.chat_completion(chat, temperature=1.0, seed=own_seed, **settings)
+            answer = client.chat_completion(chat, seed=seed % 2**31 + number, **settings)
             text = answer.choices[0].message.content
             if not isinstance(text, str):
                 raise ValueError(f"the answer is {type(text).__name__}, not a text")

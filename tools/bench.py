@@ -4,19 +4,17 @@
     python -m tools.bench --preset alfworld-7b --model qwen2.5-7b-shape    # the 7B's shape on a GPU
     python -m tools.bench --out results/speed.jsonl                        # keep the lines
 
-| figure      | measures                                      | compared with                      |
-|-------------|-----------------------------------------------|------------------------------------|
-| rollout     | tokens/s of `generate`, the prompts of a real | `model.generate`, the same prompts |
-|             | rollout                                       |                                    |
-| decode      | ms a step with the whole batch                | reading weights and KV cache at    |
-|             |                                               | the speed of a copy                |
-| graph       | (GPU) that step, replayed as a CUDA graph     | the same step without a graph      |
-| update      | tokens/s of `update` on that rollout's rows   | the same rows, each padded to the  |
-|             |                                               | longest, logits at every position  |
-| memory_*    | (GPU) peak bytes of rollout and update        | what runtime/memory.py expects     |
+| figure      | measures                                  | compared with                          |
+|-------------|-------------------------------------------|----------------------------------------|
+| rollout     | tokens/s of `generate`, a rollout's       | `model.generate` on the same prompts   |
+|             | prompts                                   |                                        |
+| decode      | ms a step with the whole batch            | reading weights and cache like a copy  |
+| graph       | (GPU) that step as a CUDA graph           | the same step without a graph          |
+| update      | tokens/s of `update` on the rollout       | `padded_step` on the same rows         |
+| memory_*    | (GPU) peak bytes of rollout and update    | what runtime/memory.py expects         |
 
-With --prompt_tokens the prompts of the embedded data are repeated to the length of real ones.
-Random weights never end a response: each has --max_response_tokens tokens then.
+--prompt_tokens repeats the prompts of the embedded data to the length of real ones. Random weights
+never end a response: each has --max_response_tokens tokens then.
 """
 
 import json
@@ -101,15 +99,14 @@ def bench_rollout(policy, config, bench, prompts):
     def ours():
         options = {"max_new_tokens": new, "temperature": 1.0, "rows": rows, "seed": 0}
         answers = generate(policy.model, policy.tokenizer, prompts, **options)
-        sampled["ours"] = sum(len(ids) for ids, _, _ in answers)
+        sampled[ours] = sum(len(ids) for ids, _, _ in answers)
 
     def theirs():
         batches = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
-        sampled["theirs"] = sum(hf_generate(policy, batch, new, ends) for batch in batches)
+        sampled[theirs] = sum(hf_generate(policy, batch, new, ends) for batch in batches)
 
-    spent, theirs_spent = (seconds(run, policy.model.device) for run in (ours, theirs))
-    speed, peer = sampled["ours"] / spent, sampled["theirs"] / theirs_spent
-    more = {"prompts": len(prompts), "response_tokens": sampled["ours"] / len(prompts)}
+    speed, peer = (1 / seconds(run, policy.model.device) * sampled[run] for run in (ours, theirs))
+    more = {"prompts": len(prompts), "response_tokens": sampled[ours] / len(prompts)}
     more["prompt_tokens"] = sum(map(len, prompts)) / len(prompts)
     figure(bench, "rollout", speed, "tokens/s", "hf_generate", peer, **more)
 
@@ -142,8 +139,7 @@ def bench_decode(policy, config, bench, prompts):
 
 def padded_step(policy, rows, tokens_at_once):
     """The peer of the update: every row padded to the longest, float32 logits at every position."""
-    model = policy.model
-    model.train()
+    model = policy.model.train()
     tokens = sum(len(row.response_ids) for row in rows)
     width = max(map(len, rows))
     count = max(1, tokens_at_once // width)
