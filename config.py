@@ -197,13 +197,11 @@ PRESETS = {
     | {
         "run": "tiny-alfworld",
         "model": "tiny-alfworld",
-        "max_steps": 50,
         "max_prompt_tokens": 2048,  # rooms have up to 40 receptacles
         "tasks": 8,  # an iteration of 64 episodes
         "lr": 1.5e-4,  # long episodes make two thousand rows, so eight steps an iteration
         "n_req": 40,
         "warmup_iterations": 4,
-        "mine_iterations": 4,
         "distill_iterations": 4,
     },
     "smollm2": TINY  # a real model in small ALFWorld games, on 2 cores: see results/smollm2.md

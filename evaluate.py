@@ -204,17 +204,10 @@ def main():
     print(f"T={temperature}, seed {seed}\n{table(results)}")
     folder = Path(path).parent
     is_save = (folder / saves.MANIFEST).exists()
-    record = {
-        "checkpoint": str(path),
-        "skills": bool(bank),
-        "seed": seed,
-        "split": split,
-        "digest": panel,
-        "iteration": load_state(folder)["iteration"] if is_save else None,
-        "temperature": temperature,
-        "results": results,
-        "items": {outcome["item"]: outcome["success"] for outcome in outcomes},
-    }
+    record = {"checkpoint": str(path), "skills": bool(bank), "seed": seed, "split": split}
+    record |= {"digest": panel, "iteration": load_state(folder)["iteration"] if is_save else None}
+    record |= {"temperature": temperature, "results": results}
+    record["items"] = {outcome["item"]: outcome["success"] for outcome in outcomes}
     if parallel.rank() == 0:
         write_atomically(out, json.dumps(record, indent=1))
         done.unlink(missing_ok=True)

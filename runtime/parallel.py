@@ -7,12 +7,9 @@ the groups of its own rank and then gathers the episodes of all, `update` trains
 rank while FSDP sums the gradients. What lies between (advantages, Delta_g, the skill bank) is
 computed by all alike. Without torchrun there is one rank, and nothing here does anything.
 
-| state       | where                                                                             |
-|-------------|-----------------------------------------------------------------------------------|
-| weights     | sharded over the ranks, also gradients, optimizer state and reference; gathered   |
-|             | layer by layer in the update, whole on each rank in a rollout (`unsharded`)       |
-| episodes    | the same on all ranks                                                             |
-| run folder  | written by rank 0                                                                 |
+Weights, gradients, optimizer state and reference are sharded over the ranks; the weights are
+gathered layer by layer in the update, and whole on each rank in a rollout (`unsharded`). Rank 0
+writes the run's folder.
 """
 
 import os

@@ -163,15 +163,10 @@ def make_optimizer(model, lr, *, beta2=None, weight_decay=0.01, offload=False, s
         beta2 = 0.95 if parameters[0].dtype == torch.bfloat16 else 0.999
     plain = all(p.is_cuda and not isinstance(p, DTensor) for p in parameters)
     triton = plain and find_spec("triton") is not None
-    optimizer = (OffloadedAdamW if offload else optimi.AdamW)(
-        [{"params": [parameter]} for parameter in parameters],
-        lr=lr,
-        betas=(0.9, beta2),
-        eps=1e-8,
-        weight_decay=weight_decay,
-        foreach=False,
-        triton=triton,
-    )
+    groups = [{"params": [parameter]} for parameter in parameters]
+    settings = {"lr": lr, "betas": (0.9, beta2), "eps": 1e-8, "weight_decay": weight_decay}
+    kind = OffloadedAdamW if offload else optimi.AdamW
+    optimizer = kind(groups, **settings, foreach=False, triton=triton)
     if not saved:
         return optimizer
     if len(saved["param_groups"]) != len(parameters):

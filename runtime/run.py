@@ -210,10 +210,9 @@ class Run:
             self.end_by_sigterm()
 
     def on_sigterm(self, *_):
-        """Someone takes the machine away, often in 30 seconds. In a rollout the weights are those
-        of the last iteration's end: they are saved at once. In an update, and with several
-        processes, the iteration is finished first; killed before that, the run goes on from the
-        save before.
+        """In a rollout the weights are those of the last iteration's end: they are saved at once,
+        since the machine may go in 30 seconds. In an update, and with several processes, the
+        iteration is finished first; killed before that, the run goes on from the save before.
         """
         self.terminated = True
         moved = self.policy.steps != self.steps
@@ -267,9 +266,9 @@ class Run:
         """One line of metrics, a few readable episodes of one group, one line on the screen."""
         if parallel.rank() > 0:
             return
-        now = time.time()
         where = {"phase": self.phase, "iteration": iteration}
-        record = {**where, "seconds": round(now - self.clock, 2), **metrics}
+        record = {**where, "seconds": round(time.time() - self.clock, 2), **metrics}
+        self.clock = time.time()
         for name in self.spent:
             self.spent[name] += metrics[name]
             record[f"{name}_so_far"] = self.spent[name]
@@ -277,7 +276,6 @@ class Run:
         if self.save_seconds is not None:
             record["save_seconds"] = round(self.save_seconds, 3)  # of the save before this line
             self.save_seconds = None
-        self.clock = now
         append(self.root / "metrics.jsonl", [record])
         deltas = group_deltas(episodes)
         shown = choose_shown(episodes, iteration)
@@ -362,12 +360,7 @@ def readable(episode, advantages, deltas) -> dict:
         shown = {"saw": step.obs, "said": step.response, "did": step.action}
         shown |= {"reward": step.reward, "advantage": round(float(advantage), 4)}
         steps.append(shown | step.distilled)
-    return {
-        "item": episode.item,
-        "group": episode.group,
-        "task": episode.task,
-        "success": episode.success,
-        "delta": deltas.get(episode.group),
-        "skills": [f"when {condition}: {strategy}" for condition, strategy in episode.shown],
-        "steps": steps,
-    }
+    about = {"item": episode.item, "group": episode.group, "task": episode.task}
+    about |= {"success": episode.success, "delta": deltas.get(episode.group)}
+    skills = [f"when {condition}: {strategy}" for condition, strategy in episode.shown]
+    return about | {"skills": skills, "steps": steps}

@@ -141,9 +141,8 @@ def draw(run, control=""):
     lambdas = weight.plot(*line_of(records, "lambda"), color=BLUE, label="λ(k)")
     x, values = line_of(records, "gated_share")
     shares = share.plot(x, values, color=ORANGE, label="gated share of the skill half's tokens")
-    weight.set(ylabel="λ", xlabel="iteration")
+    weight.set(ylabel="λ", xlabel="iteration", ylim=(0, None))
     share.set(ylabel="gated share", ylim=(0, None))
-    weight.set_ylim(0, None)
 
     success.legend(**BESIDE)
     skills.legend(**BESIDE)
