@@ -24,7 +24,7 @@ def flag(default, help, *, fixed=False, free=False, choices=(), group="", **limi
     fixed     alike in all phases of a run
     free      may change at any time: it changes no result, or extends it, or leaves what fitted
     choices   the values it may have; of a list, each of its members
-    group     opens a group of --help, which goes on until the next one
+    group     opens a group of --help
     limits    of LIMITS: at_least=1, above=0, ...
     """
     metadata = {"help": help, "fixed": fixed, "free": free, "choices": choices}
@@ -137,9 +137,7 @@ class Config:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# Presets: what differs from the defaults above
-# --------------------------------------------------------------------------------------------------
+# --- Presets: what differs from the defaults above ------------------------------------------------
 
 SMALL_MODEL = {"model": "Qwen/Qwen2.5-1.5B-Instruct"}  # trained with the 7B's numbers, as in GiGPO
 WEBSHOP = {  # GiGPO's WebShop script, where it differs from its ALFWorld script
@@ -246,9 +244,7 @@ def check(flags):
             raise UserError(f"--{f.name} {value}: must be {words}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Errors and small files
-# --------------------------------------------------------------------------------------------------
+# --- Errors and small files -----------------------------------------------------------------------
 
 
 class UserError(ValueError):

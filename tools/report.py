@@ -27,9 +27,7 @@ from runtime.flags import saved_flags
 from runtime.run import run_script
 from tools.study import BLUE, GRAY, GREEN, ORANGE, piped, save
 
-# --------------------------------------------------------------------------------------------------
-# The table
-# --------------------------------------------------------------------------------------------------
+# --- The table ------------------------------------------------------------------------------------
 
 SIRI = "SIRI, after distillation"
 CONTROL = "control: GiGPO alone"
@@ -75,9 +73,7 @@ def markdown_table(rows) -> str:
     return piped([HEAD, ["---"] * len(HEAD), *map(cells_of, rows)])
 
 
-# --------------------------------------------------------------------------------------------------
-# The picture
-# --------------------------------------------------------------------------------------------------
+# --- The picture ----------------------------------------------------------------------------------
 
 PHASES = {"warmup": "phase 0\nwarm-up", "mine": "phase 1\nmining"}
 PHASES["distill"] = "phase 2\ninternalization"
@@ -177,9 +173,7 @@ def draw_evaluations(axis, rows, places):
         axis.annotate(f"{y:.2f}", (x, y), color=color, bbox=box, **place)
 
 
-# --------------------------------------------------------------------------------------------------
-# The page: each function returns HTML
-# --------------------------------------------------------------------------------------------------
+# --- The page: each function returns HTML ---------------------------------------------------------
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1100px; margin: 2rem auto;
@@ -207,29 +201,16 @@ def html_table(head, rows) -> str:
     return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-def life(deltas) -> str:
-    """Every Delta_g of a skill as a bar: up where the skill half did better."""
-    width = 6 * max(1, len(deltas))
-    bars = [f'<svg width="{width}" height="44" role="img" aria-label="Delta_g">']
-    bars.append(f'<line x1="0" y1="22" x2="{width}" y2="22" stroke="{GRAY}"/>')
-    for i, delta in enumerate(deltas):
-        height = max(1, 20 * abs(delta))
-        top = 22 - height if delta > 0 else 22
-        color = GREEN if delta > 0 else GRAY if delta == 0 else ORANGE
-        size = f'y="{top:.1f}" width="5" height="{height:.1f}"'
-        bars.append(f'<rect x="{6 * i}" {size} fill="{color}"/>')
-    return "".join([*bars, "</svg>"])
-
-
 def skill_lives(root) -> str:
-    folder = root / "distill" if (root / "distill/skills.jsonl").exists() else root / "mine"
-    skills = read_jsonl(folder / "skills.jsonl") if (folder / "skills.jsonl").exists() else []
+    """The last known skills of a run, each with every Delta_g."""
+    paths = [root / phase / "skills.jsonl" for phase in ("distill", "mine")]
+    skills = next((read_jsonl(path) for path in paths if path.exists()), [])
     rows = []
     for s in sorted(skills, key=lambda s: (s["status"], -s["utility"])):
         text = f"<b>When {escape(s['condition'])}:</b> {escape(s['strategy'])}"
         text += f"<br><small>{escape(s['bucket'])}, iteration {int(s['born'])}</small>"
-        numbers = [f"{s['utility']:.3f}", f"{s['n']:d}"]
-        rows.append([escape(s["status"]), text, *numbers, life(s["deltas"])])
+        life = " ".join(f"{delta:+.2f}" for delta in s["deltas"])
+        rows.append([escape(s["status"]), text, f"{s['utility']:.3f}", f"{s['n']:d}", life])
     head = ["status", "skill", "utility u", "evaluations", "every Δ_g"]
     return html_table(head, rows) if rows else "<p>No skills.</p>"
 

@@ -72,9 +72,7 @@ def describe(variant) -> tuple[str, str, str]:
     return VARIANTS.get(variant, (f"without {name.replace('_', ' ')}", *flags))
 
 
-# --------------------------------------------------------------------------------------------------
-# Running
-# --------------------------------------------------------------------------------------------------
+# --- Running --------------------------------------------------------------------------------------
 
 
 def chain(args, variant, seed) -> list[dict]:
@@ -178,9 +176,7 @@ def explain(logs) -> dict:
     return {name: round(float(np.mean(found)), 5) for name, found in values.items() if found}
 
 
-# --------------------------------------------------------------------------------------------------
-# Statistics
-# --------------------------------------------------------------------------------------------------
+# --- Statistics -----------------------------------------------------------------------------------
 
 # Student's t, 97.5%, by degrees of freedom from 1 to 20; the last serves beyond, a little too wide
 T = """12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228
@@ -235,9 +231,7 @@ def variants_of(studies, name) -> dict:
     return pooled
 
 
-# --------------------------------------------------------------------------------------------------
-# Table and figure
-# --------------------------------------------------------------------------------------------------
+# --- Table and figure -----------------------------------------------------------------------------
 
 HEAD = ["study", "variant", "seeds", "episodes", "after warm-up", "at the end", "over the curve"]
 HEAD += ["difference over the curve, 95%", "ahead", "difference at the end, 95%", "ahead"]
