@@ -43,10 +43,8 @@ class Evaluation:
 
 def evaluate(policy, config, items, temperature, seed, bank=None, done=None) -> list[dict]:
     """One episode for each item, wave by wave -> {item, task_type, success, score, steps} of each.
-
-    done   a file: the waves that an interrupted evaluation left in it are not played again
-
-    UserError if an item cannot be played.
+    The waves that an interrupted evaluation left in the file `done` are not played again. UserError
+    if an item cannot be played.
     """
     outcomes = read_outcomes(done, items)
     for start in range(len(outcomes), len(items), WAVE):

@@ -1,8 +1,8 @@
 """The command line of a script -> Config: flag, else the run's own value, else preset, default."""
 
-import argparse
 import difflib
 import re
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -33,9 +33,8 @@ OLD = {  # what a run may have been begun with: what it is now
 def parse_config(phase: str, doc: str, extra=None):
     """The flags of a script -> Config, or (Config, an `extra` dataclass of flags).
 
-    The phases after the warm-up, and what looks at a run, take the run's flags as defaults; a run
-    that has not begun those of --fork. UserError for an unknown flag or preset, a value out of its
-    limits, and a fixed flag that the run was not made with.
+    All but the warm-up take the run's flags as defaults, or those of --fork. UserError for an
+    unknown flag, a value out of its limits, and a fixed flag that the run was not made with.
     """
     given = read_command_line([Config, extra] if extra else [Config], doc)
     name = given.get("preset", Config.preset)
@@ -67,13 +66,13 @@ def parse_config(phase: str, doc: str, extra=None):
 
 def read_command_line(kinds, doc) -> dict:
     """Name -> value of the flags on the command line. --help shows the preset's values."""
-    options = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    first = argparse.ArgumentParser(add_help=False, **options)
+    options = {"allow_abbrev": False, "argument_default": SUPPRESS}
+    first = ArgumentParser(add_help=False, **options)
     first.add_argument("--preset", default=Config.preset)
     first.error = refuse
     preset = PRESETS.get(first.parse_known_args()[0].preset, {})
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=shape, **options)
+    options["formatter_class"] = RawDescriptionHelpFormatter
+    parser = ArgumentParser(description=doc, **options)
     parser.error = refuse
     group = parser
     for kind in kinds:
@@ -110,7 +109,7 @@ def add_flag(group, f, default):
 
 def true_or_false(text) -> bool:
     if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+        raise ArgumentTypeError(f"{text!r} is not true or false")
     return text.lower() in ("true", "1", "yes")
 
 

@@ -81,11 +81,6 @@ def list_items(config: Config, split: str) -> list[str]:
     return parallel.by_one(lambda: envs.list_items(config.env, split, config.data))
 
 
-def find_save(root, phase, set_aside=False) -> Path | None:
-    """`saves.find`, which reads every byte."""
-    return parallel.by_one(lambda: saves.find(root, phase, set_aside))
-
-
 def load_state(folder) -> dict:
     """state.pt of a phase: no code runs; the optimizer's part stays in the file until used."""
     return torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
@@ -113,7 +108,7 @@ class Run:
         self.last = getattr(config, f"{phase}_iterations")
         self.device = set_up(config)
         self.items = list_items(config, config.split)
-        self.source = find_save(self.root, phase, set_aside=True)
+        self.source = parallel.by_one(lambda: saves.find(self.root, phase, set_aside=True))
         self.resumed = self.source is not None
         if self.resumed:
             self.check_flags()
@@ -156,7 +151,7 @@ class Run:
                 earlier = PHASES[: PHASES.index(self.phase)]
                 lines = [json.dumps(x) for x in read_jsonl(theirs) if x["phase"] in earlier]
                 write_atomically(ours, "".join(line + "\n" for line in lines))
-        folder = find_save(root, after)
+        folder = parallel.by_one(lambda: saves.find(root, after))
         command = f"`python {after}.py --run {root.name}`"
         if folder is None:
             raise UserError(f"{root / after}/model is missing: run {command} first")
@@ -284,9 +279,8 @@ class Run:
         tqdm.write(f"{self.phase} {iteration:>3}  {line}")
 
     def drop_lines_after(self, kept):
-        """Take out of the logs what this phase did after iteration `kept`, and count the rest.
-
-        Lines that are no whole record (the disk was full, the process was killed) go too.
+        """Drop from the logs what this phase did after iteration `kept`, and count the rest. Lines
+        that are no whole record (the disk was full, the process was killed) go too.
         """
         if parallel.rank() > 0:
             return

@@ -79,12 +79,9 @@ def problem(folder: Path, only="") -> str:
 
 
 def find(root: Path, phase: str, set_aside=False) -> Path | None:
-    """The newest whole save of a phase, or None where it was never saved.
-
-    set_aside   move a damaged one to <phase>.damaged, so that the next save does not replace the
-                good one before it
-
-    UserError when there are saves, and all are damaged.
+    """The newest whole save of a phase, or None where it was never saved. UserError if all that
+    there are are damaged. With set_aside a damaged one is moved to <phase>.damaged, so that the
+    next save does not replace the good one before it.
     """
     newest, before = root / phase, root / f"{phase}.old"
     problems = []

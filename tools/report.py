@@ -217,15 +217,15 @@ def skill_lives(root) -> str:
 
 def response(step) -> str:
     """What was said. What phase 2 distilled of it, near its end, is marked by its weight."""
-    said, distilled = step["said"], step.get("distilled", "")
-    weight = step.get("weight", 0)
-    start = said.rfind(distilled)
-    if weight <= 0 or not distilled or start < 0:
+    said, distilled, weight = step["said"], step.get("distilled"), step.get("weight", 0)
+    if weight <= 0 or not distilled or distilled not in said:
         return escape(said)
-    stop = start + len(distilled)
+    before, _, after = said.rpartition(distilled)
     shade = f"rgba(217, 130, 43, {0.15 + 0.6 * min(1.0, weight):.2f})"
-    marked = f'<mark style="background: {shade}" title="w = {weight:.2f}">'
-    return f"{escape(said[:start])}{marked}{escape(said[start:stop])}</mark>{escape(said[stop:])}"
+    marked = (
+        f'<mark style="background: {shade}" title="w = {weight:.2f}">{escape(distilled)}</mark>'
+    )
+    return f"{escape(before)}{marked}{escape(after)}"
 
 
 def episode(record) -> str:

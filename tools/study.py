@@ -17,8 +17,8 @@ The result joins the other studies in results/study.json, as name -> {title, var
     control    what the other variants are compared with, where it is not gigpo
     panel      whether the figure shows the study
 
-Each interval is Student's t, 95%, over the seeds' differences between a variant and the control. It
-speaks of other seeds on the same items. A single seed has no interval.
+Each interval is Student's t, 95%, over the seeds' differences to the control: it speaks of other
+seeds on the same items.
 """
 
 import json
