@@ -21,6 +21,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +38,7 @@ from runtime.run import append, list_items, peak_memory, run_script, set_up
 
 @dataclass
 class Bench:
-    prompt_tokens: int = flag(
-        0, "cut or repeat prompts to this length; 0: as they are", at_least=0, group="bench"
-    )
+    prompt_tokens: int = flag(0, "of each prompt, cut or repeated", at_least=0, group="bench")
     update_rows: int = flag(512, "rows of the update, at most", at_least=1)
     out: str = flag("", "append the JSON lines to this file too")
 
@@ -119,12 +118,9 @@ def bench_decode(policy, config, bench, prompts):
     def step_ms(graphs) -> float:
         cache = Cache(model, rows, max(map(len, prompts)) + new, graphs=graphs)
         options = {"temperature": 1.0, "seed": 0, "rows": rows, "stop": False, "cache": cache}
-
-        def decode(count):
-            generate(model, policy.tokenizer, prompts, max_new_tokens=count, **options)
-
-        first, all_of_them = (seconds(lambda n=n: decode(n), model.device) for n in (1, new))
-        return 1e3 * (all_of_them - first) / (new - 1)
+        run = partial(generate, model, policy.tokenizer, prompts, **options)
+        first, every = (seconds(partial(run, max_new_tokens=n), model.device) for n in (1, new))
+        return 1e3 * (every - first) / (new - 1)
 
     source, target = torch.empty(2, 1 << 26, device=model.device)
     copied = 2 * source.nbytes / seconds(lambda: target.copy_(source), model.device)  # bytes/s

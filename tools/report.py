@@ -91,8 +91,7 @@ def edges_of(records) -> np.ndarray:
 def line_of(records, name) -> tuple:
     """(x, values): a metric in the middle of each iteration, NaN where it was not logged."""
     edges = edges_of(records)
-    values = [record.get(name) for record in records]
-    values = np.array([np.nan if value is None else value for value in values], float)
+    values = np.array([record.get(name) for record in records], float)
     return (edges[1:] + edges[:-1]) / 2, values
 
 

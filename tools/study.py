@@ -345,7 +345,21 @@ def save(figure, path):
     plt.close(figure)
 
 
-def parse():
+def run_study(args) -> str:
+    remember(args)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda seed: run_seed(args, seed), args.seeds))
+    studies = read_json(RESULTS) if RESULTS.exists() else {}
+    study = {"title": args.title or args.name, "panel": True} | collect(args)
+    study["command"] = "python -m tools.study " + shlex.join(sys.argv[1:])
+    text = json.dumps(studies | {args.name: study}, indent=1)
+    curves = r"\[[\d\s,\[\]]+\]"  # each on one line
+    text = re.sub(curves, lambda curve: "".join(curve[0].split()), text)
+    write_atomically(RESULTS, text + "\n")
+    return f"{markdown({args.name: study})}\n\n{reasons({args.name: study})}"
+
+
+def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("table", help="draw results/study.json again")
@@ -363,31 +377,11 @@ def parse():
     run.add_argument("--jobs", type=int, default=1, help="seeds at once")
     args = parser.parse_args()
     if args.command == "run":
-        args.variants, args.seeds = args.variants.split(","), args.seeds.split(",")
-        for variant in args.variants:
-            describe(variant)
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs}: must be 1 at least")
-    return args
-
-
-def run_study(args) -> str:
-    remember(args)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda seed: run_seed(args, seed), args.seeds))
-    studies = read_json(RESULTS) if RESULTS.exists() else {}
-    study = {"title": args.title or args.name, "panel": True} | collect(args)
-    study["command"] = "python -m tools.study " + shlex.join(sys.argv[1:])
-    text = json.dumps(studies | {args.name: study}, indent=1)
-    curves = r"\[[\d\s,\[\]]+\]"  # each on one line
-    text = re.sub(curves, lambda curve: "".join(curve[0].split()), text)
-    write_atomically(RESULTS, text + "\n")
-    return f"{markdown({args.name: study})}\n\n{reasons({args.name: study})}"
-
-
-def main():
-    args = parse()
-    if args.command == "run":
+        args.variants, args.seeds = args.variants.split(","), args.seeds.split(",")
+        for variant in args.variants:
+            describe(variant)  # a wrong one is to be known at once
         print(run_study(args))
     else:
         studies = read_json(RESULTS)
