@@ -196,10 +196,11 @@ def main():
     outcomes = evaluate(policy, config, items, temperature, seed, bank, done)
 
     results = summarize(outcomes)
-    prompt = "with skills" if bank else "plain prompt"
     panel = digest(items, config)
-    print(f"{choice.checkpoint}, {prompt}: {len(items)} items of {split} ({panel}), ", end="")
-    print(f"T={temperature}, seed {seed}\n{table(results)}")
+    print(f"{choice.checkpoint}, {'with skills' if bank else 'plain prompt'}: ", end="")
+    print(
+        f"{len(items)} items of {split} ({panel}), T={temperature}, seed {seed}\n{table(results)}"
+    )
     folder = Path(path).parent
     is_save = (folder / saves.MANIFEST).exists()
     record = {"checkpoint": str(path), "skills": bool(bank), "seed": seed, "split": split}

@@ -24,10 +24,7 @@ OLD = {  # what a run may have been begun with: what it is now
     "split_rule": "--split train:verl",
     "trust_games": "--engine textworld-trusted",
     "validate": "--without validation",
-} | dict.fromkeys(
-    ("arm_baselines", "candidate_alone", "compare_gradients", "given_skills", "hand_off"),
-    "an edit in docs/fork.md",
-)
+}
 
 
 def parse_config(phase: str, doc: str, extra=None):

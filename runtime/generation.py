@@ -160,9 +160,7 @@ def read_prompts(model, prompts, cache):
 
 
 def replay(cache, step, *inputs, **shape):
-    """step(*inputs, **shape) as a CUDA graph, captured when the shape is new; eager on a CPU, and
-    where a capture has failed, which is slower and right all the same.
-    """
+    """step(*inputs, **shape) as a CUDA graph; eager on a CPU, and after a capture has failed."""
     key = (len(inputs[0]), *shape.values())
     if cache.pool is not None and key not in cache.graphs:
         try:
@@ -195,9 +193,8 @@ def capture(pool, step, inputs, shape) -> tuple:
 
 
 def sample_batch(model, prompts, uniform, ends, cache, *, temperature, stop):
-    """Decode the prompts (sorted by length) together -> tokens, logprobs [B, max_new_tokens].
-
-    uniform   [B, max_new_tokens] the random numbers; ends: the ids that end a response
+    """Decode the prompts (sorted by length) together -> tokens, logprobs [B, max_new_tokens], by as
+    many random numbers `uniform`. `ends` are the ids that end a response.
     """
     device = uniform.device
     B, new = uniform.shape
@@ -246,8 +243,7 @@ def generate(
     """Sample one response for each prompt -> [(token ids, logprobs, text)], in their order.
 
     prompts   token ids of chat prompts, or user messages as text
-    rows      decoded together; the samples do not depend on it: each prompt has random numbers of
-              its own
+    rows      decoded together; the samples do not depend on it
     stop      False: go on to the full length, to measure speed
     cache     a Cache to use again, `rows` rows and long enough; by default one is made and dropped
     ids       the sampled tokens, the ending EOS included

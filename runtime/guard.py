@@ -18,9 +18,8 @@ MOST = 3  # refused steps in a row
 
 
 def is_finite(policy, rows, log, config) -> bool:
-    """Whether loss and gradient norm of a mini-batch, the same on all ranks, are numbers.
-
-    If not, its rows are kept for a look in runs/<run>/not-finite.pt. UserError after MOST in a row.
+    """Whether loss and gradient norm of a mini-batch, alike on all ranks, are numbers. If not, its
+    rows are kept in runs/<run>/not-finite.pt; UserError after MOST in a row.
     """
     if math.isfinite(log["loss"]) and math.isfinite(log["grad_norm"]):
         policy.refused = 0

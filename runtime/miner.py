@@ -23,15 +23,13 @@ def load_miner(config, device) -> Policy:
 
 
 def ask_endpoint(prompts, config, seed) -> list[str]:
-    """User messages -> texts, "" where no answer came in time. The key is $OPENAI_API_KEY.
-
-    UserError when none of them was answered. Only one process asks, the others get its answers.
+    """User messages -> texts, "" where no answer came in time; UserError when none did. The key is
+    $OPENAI_API_KEY. Only one process asks, the others get its answers.
     """
     url, _, model = config.miner.partition("#")
     key = os.environ.get("OPENAI_API_KEY", "none")
     client = InferenceClient(base_url=url, api_key=key, timeout=TIMEOUT)
     settings = {"model": model or None, "max_tokens": config.max_response_tokens}
-    settings["temperature"] = 1.0
     answers = []  # (text, why there is none)
     asked = prompts if parallel.rank() == 0 else []
     for number, prompt in enumerate(tqdm(asked, desc="miner", unit="skill", leave=False)):
@@ -40,7 +38,8 @@ def ask_endpoint(prompts, config, seed) -> list[str]:
             continue
         chat = [{"role": "user", "content": prompt}]
         try:
-            answer = client.chat_completion(chat, seed=seed % 2**31 + number, **settings)
+            own = {"temperature": 1.0, "seed": seed % 2**31 + number}
+            answer = client.chat_completion(chat, **settings, **own)
             text = answer.choices[0].message.content
             if not isinstance(text, str):
                 raise ValueError(f"the answer is {type(text).__name__}, not a text")

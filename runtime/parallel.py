@@ -112,10 +112,8 @@ def reshard(model):
 
 @contextmanager
 def unsharded(model):
-    """The whole weights on this rank, for a rollout, which each rank does at its own pace.
-
-    They must be resharded before an optimizer step: it moves the shards, and whole weights that
-    stayed would silently be the old ones.
+    """The whole weights on this rank, for a rollout, which each does at its own pace. They must go
+    before an optimizer step: it moves the shards, and they would silently be the old ones.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -121,9 +121,7 @@ def load_reference(config: Config, device):
 
 
 class OffloadedAdamW(optimi.AdamW):
-    """optimi's AdamW with its state in host memory: each parameter's part is on the card only while
-    that parameter steps. The arithmetic is the same.
-    """
+    """optimi's AdamW with its state in host memory; on the card only while its parameter steps."""
 
     def step(self):
         groups = self.param_groups

@@ -222,9 +222,8 @@ class Run:
         sys.exit(143)
 
     def save(self):
-        """Save the boundary as one folder, swapped in whole: see runtime/saves.py.
-
-        UserError if a weight is not finite or the disk is full; the last good save stays.
+        """Save the boundary as one folder, swapped in whole: see runtime/saves.py. UserError if a
+        weight is not finite or the disk is full; the last good save stays.
         """
         start = time.time()
         self.saving = True

@@ -41,9 +41,8 @@ def flush(path):
 
 
 def put(part: Path, folder: Path):
-    """Make the written folder `part` the save `folder`; what was there becomes `folder`.old.
-
-    Interrupted anywhere, a whole save stays: `folder`, or `folder`.old between the two renames.
+    """Make the written `part` the save `folder`; what was there becomes `folder`.old. Stopped
+    anywhere, a whole save stays: `folder`, or `folder`.old between the two renames.
     """
     (part / MANIFEST).write_text(json.dumps(files_of(part), indent=1), encoding="utf-8")
     for path in [*part.rglob("*"), part]:

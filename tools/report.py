@@ -31,12 +31,8 @@ from tools.study import BLUE, GRAY, GREEN, ORANGE, piped, save
 
 SIRI = "SIRI, after distillation"
 CONTROL = "control: GiGPO alone"
-NAMES = {  # of checkpoints in the table
-    "init": "before training",
-    "warmup": "after warm-up",
-    "mine": "after mining",
-    "distill": SIRI,
-}
+NAMES = {"init": "before training", "warmup": "after warm-up", "mine": "after mining"}
+NAMES["distill"] = SIRI
 HEAD = ["checkpoint", "training episodes", "solved", "success (95% interval)"]
 
 
@@ -239,9 +235,7 @@ def episode(record) -> str:
 
 
 def pairs(root, most=6) -> str:
-    """Up to `most` games, spread over the run, of which both halves were written out; those alone
-    in which the halves came out differently, if there are any.
-    """
+    """Up to `most` games with both halves, over the whole run; if any, those that differ."""
     found = defaultdict(dict)
     path = root / "episodes.jsonl"
     for record in read_jsonl(path) if path.exists() else ():
