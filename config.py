@@ -9,17 +9,12 @@ small files. Nothing of this project is imported here.
 """
 
 import json
-import operator
 import os
 from dataclasses import dataclass, field, fields
+from operator import ge, gt, le, lt
 from pathlib import Path
 
-LIMITS = {
-    "at_least": operator.ge,
-    "above": operator.gt,
-    "at_most": operator.le,
-    "below": operator.lt,
-}
+LIMITS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 
 
 def flag(default, help, *, fixed=False, free=False, choices=(), group="", **limits):
@@ -29,7 +24,7 @@ def flag(default, help, *, fixed=False, free=False, choices=(), group="", **limi
     fixed     alike in all phases of a run
     free      may change at any time: it changes no result, or extends it, or leaves what fitted
     choices   the values it may have; of a list, each of its members
-    group     opens a group of --help, which goes on until the next one
+    group     opens a group of --help
     limits    of LIMITS: at_least=1, above=0, ...
     """
     metadata = {"help": help, "fixed": fixed, "free": free, "choices": choices}
@@ -59,17 +54,15 @@ class Config:
         "tiny",
         "start from tiny, tiny-household, tiny-alfworld, smollm2, {alfworld,webshop}-{7b,1.5b}",
         fixed=True,
-        group="the run",
+        group="run",
     )
     run: str = flag("tiny", "its name; everything is written under runs/<run>/", free=True)
     seed: int = flag(0, "of tasks, sampling and shuffling", fixed=True, at_least=0, below=2**32)
     fork: str = flag("", "mine.py, distill.py: start from this other run's phase before")
-    save_minutes: float = flag(
-        30.0, "minutes between saves; 0: every iteration is saved", free=True, at_least=0
-    )
+    save_minutes: float = flag(30.0, "between saves; 0: save each iteration", free=True, at_least=0)
     dry_run: bool = flag(False, "print the memory that the run needs, and stop", free=True)
 
-    env: str = flag("alfworld", "alfworld or webshop", fixed=True, group="the world")
+    env: str = flag("alfworld", "alfworld or webshop", fixed=True, group="world")
     engine: str = flag(
         "fast",
         "ALFWorld's: fast, in plain Python; textworld, the stock package, 1,000 times slower; "
@@ -77,18 +70,12 @@ class Config:
         fixed=True,
         choices=("fast", "textworld", "textworld-trusted"),
     )
-    data: str = flag(
-        "", "folder; empty: $ALFWORLD_DATA (~/.cache/alfworld), $WEBSHOP_DATA", fixed=True
-    )
-    split: str = flag(
-        "train", "of the tasks; WebShop's also as train:human, train:verl", fixed=True
-    )
+    data: str = flag("", "empty: $ALFWORLD_DATA (~/.cache/alfworld), $WEBSHOP_DATA", fixed=True)
+    split: str = flag("train", "of the tasks; WebShop's also train:human, train:verl", fixed=True)
     max_steps: int = flag(50, "an episode ends, unsolved, after this many steps", at_least=1)
     history: int = flag(2, "past steps that a prompt repeats", fixed=True, at_least=0)
 
-    model: str = flag(
-        "Qwen/Qwen2.5-7B-Instruct", "folder or hub name", fixed=True, group="the policy"
-    )
+    model: str = flag("Qwen/Qwen2.5-7B-Instruct", "folder or hub name", fixed=True, group="policy")
     dtype: str = flag("bfloat16", "of the weights", fixed=True, choices=("float32", "bfloat16"))
     device: str = flag("", "cuda or cpu; empty: cuda when there is one", free=True)
     gradient_checkpointing: bool = flag(True, "recompute activations, to save memory", free=True)
@@ -97,22 +84,16 @@ class Config:
     tasks: int = flag(16, "tasks (groups) per iteration", at_least=1, group="rollout")
     group_size: int = flag(8, "episodes per task", at_least=1)
     temperature: float = flag(1.0, "of the sampling in training rollouts", above=0)
-    max_prompt_tokens: int = flag(
-        3072, "longest prompt; history is dropped to fit", free=True, at_least=1
-    )
+    max_prompt_tokens: int = flag(3072, "history is dropped to fit", free=True, at_least=1)
     max_response_tokens: int = flag(512, "longest response", at_least=1)
     generation_rows: int = flag(128, "rows decoded together", free=True, at_least=1)
 
-    invalid_penalty: float = flag(
-        0.1, "taken off a malformed row", at_least=0, group="credit: GiGPO"
-    )
+    invalid_penalty: float = flag(0.1, "off a malformed row", at_least=0, group="credit: GiGPO")
     gamma: float = flag(0.95, "discount of the step returns", at_least=0, at_most=1)
     step_weight: float = flag(1.0, "w_S, weight of the step advantage; 0 is GRPO", at_least=0)
     normalize_std: bool = flag(True, "divide advantages by the standard deviation")
     baseline: str = flag(
-        "steps",
-        "mean and std over steps (verl-agent's code) or episodes (GiGPO Eq. 3)",
-        choices=("steps", "episodes"),
+        "steps", "mean and std over steps (verl-agent) or episodes", choices=("steps", "episodes")
     )
 
     clip: float = flag(0.2, "PPO clip range of the ratio", above=0, group="objective")
@@ -121,33 +102,24 @@ class Config:
     lr: float = flag(1e-6, "AdamW learning rate, constant", at_least=0)
     minibatch_rows: int = flag(256, "rows per optimizer step", at_least=1)
     micro_tokens: int = flag(16384, "tokens per forward-backward", free=True, at_least=1)
-    recompute_old: bool = flag(
-        True, "old log-probs by the training forward; false: the sampler's, the same in float32"
-    )
+    recompute_old: bool = flag(True, "old log-probs by the training forward; false: the sampler's")
 
-    n_req: int = flag(
-        512, "N_req, successes that end phase 0", free=True, at_least=0, group="phase 0"
-    )
+    n_req: int = flag(512, "N_req, successes that end it", free=True, at_least=0, group="phase 0")
     warmup_iterations: int = flag(40, "of phase 0 at most, even below n_req", free=True, at_least=1)
 
     mine_iterations: int = flag(40, "of phase 1", free=True, at_least=1, group="phase 1")
     mine_every: int = flag(5, "I_mine, iterations between two rounds of mining", at_least=1)
     mine_episodes: int = flag(12, "successes summarized in one round", at_least=0)
-    mine_obs_chars: int = flag(
-        200, "characters of an observation in the request for a skill", at_least=1
-    )
+    mine_obs_chars: int = flag(200, "of an observation in the request for a skill", at_least=1)
     miner: str = flag(
         "",
-        "who writes the skills: empty, the policy; a model folder or hub name; or an "
-        "OpenAI-compatible endpoint and its model, http://host:8000/v1#model",
+        "empty: the policy writes the skills; else a model, or an API: http://host:8000/v1#model",
         free=True,
     )
     top_k: int = flag(3, "active skills in a prompt, at most", at_least=1)
     ema: float = flag(0.3, "alpha of u <- (1 - alpha) u + alpha Delta_g", at_least=0, at_most=1)
     n_eval: int = flag(4, "N_eval, evaluations of a skill before a verdict", at_least=0)
-    active_above: float = flag(
-        0.05, "utility that makes a candidate active", at_least=-1, at_most=1
-    )
+    active_above: float = flag(0.05, "utility that makes a skill active", at_least=-1, at_most=1)
 
     distill_iterations: int = flag(85, "of phase 2", free=True, at_least=1, group="phase 2")
     lambda_max: float = flag(0.1, "largest weight of L_int", above=0)
@@ -163,9 +135,7 @@ class Config:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# Presets: what differs from the defaults above
-# --------------------------------------------------------------------------------------------------
+# --- Presets: what differs from the defaults above ------------------------------------------------
 
 SMALL_MODEL = {"model": "Qwen/Qwen2.5-1.5B-Instruct"}  # trained with the 7B's numbers, as in GiGPO
 WEBSHOP = {  # GiGPO's WebShop script, where it differs from its ALFWorld script
@@ -223,39 +193,33 @@ PRESETS = {
     | {
         "run": "tiny-alfworld",
         "model": "tiny-alfworld",
-        "max_steps": 50,
         "max_prompt_tokens": 2048,  # rooms have up to 40 receptacles
         "tasks": 8,  # an iteration of 64 episodes
         "lr": 1.5e-4,  # long episodes make two thousand rows, so eight steps an iteration
         "n_req": 40,
         "warmup_iterations": 4,
-        "mine_iterations": 4,
         "distill_iterations": 4,
     },
-    "smollm2": {  # a real model in small ALFWorld games, on 2 cores: see results/smollm2.md
+    "smollm2": TINY  # a real model in small ALFWorld games, on 2 cores: see results/smollm2.md
+    | {
         "run": "smollm2",
         "data": "runs/tiny-games",
         "model": "runs/smollm2-taught",  # make smollm2, then the lessons: tiny/imitate.py
-        "gradient_checkpointing": False,  # 4,096 tokens of activations take 4 GB
+        "dtype": "bfloat16",
         "max_steps": 14,
-        "tasks": 4,  # an iteration of 32 episodes
-        "max_prompt_tokens": 1024,  # 320 on the average
-        "max_response_tokens": 64,
+        "tasks": 4,  # an iteration of 32 episodes, in 3 to 8 minutes
         "minibatch_rows": 64,
-        "micro_tokens": 4096,
+        "micro_tokens": 4096,  # their activations take 4 GB
         "lr": 2e-5,  # moves nothing in five iterations; 5e-5 on 32 rows a step lost what it had
         "kl_coef": 0.0,
-        "recompute_old": False,  # saves a forward pass; apart by 0.001 to 0.003
+        "ema": 0.3,
         "n_eval": 1,  # of twelve groups in phase 1 each task type has two
         "n_req": 8,
         "warmup_iterations": 3,
         "mine_iterations": 3,
         "mine_every": 1,
-        "mine_episodes": 6,  # one of each task type
-        "mine_obs_chars": 60,  # as its lessons in summarizing
         "distill_iterations": 3,
         "lambda_iterations": 2,
-        "save_minutes": 0.0,  # iterations of 3 to 8 minutes, saves of seconds
     },
     "alfworld-7b": {"run": "alfworld-7b"},
     "alfworld-1.5b": {"run": "alfworld-1.5b"} | SMALL_MODEL,
@@ -278,36 +242,34 @@ def check(flags):
             raise UserError(f"--{f.name} {value}: must be {words}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Errors and small files
-# --------------------------------------------------------------------------------------------------
+# --- Errors and small files -----------------------------------------------------------------------
 
 
 class UserError(ValueError):
     """A mistake the user can fix: scripts print its one line, with the remedy, and exit with 2."""
 
 
+def read_text(path, errors="strict") -> str:
+    """A text file. UserError where it cannot be opened."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors=errors)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from None
+
+
 def read_json(path):
     """The content of a JSON file. UserError where there is none, or it is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:  # also bytes that are no text
+        return json.loads(read_text(path))
+    except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
         remedy = "delete it or download the data again"
         raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from None
 
 
 def read_jsonl(path) -> list[dict]:
     """The records of a file with a JSON object on each line. UserError for a line that is none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: not readable ({error})") from None
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, errors="replace").split("\n"), 1):
         if line.strip():
             try:
                 record = json.loads(line)

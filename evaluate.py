@@ -5,9 +5,8 @@
     python evaluate.py --checkpoint mine --skills       # memory-augmented baseline
     python evaluate.py --preset alfworld-7b --checkpoint init --eval_split valid_unseen
 
-Prints success by task type and overall with counts and Wilson 95% intervals; writes
-runs/<run>/eval-....json, with a digest of the items' names: equal digests, equal panels. An
-interrupted evaluation goes on with the same command.
+Prints success by task type with Wilson 95% intervals; writes runs/<run>/eval-....json, with a
+digest of the items' names: equal digests, equal panels. Interrupted, the same command goes on.
 """
 
 import hashlib
@@ -33,9 +32,7 @@ WAVE = 64  # items played together, after which the results are on the disk
 
 @dataclass
 class Evaluation:
-    checkpoint: str = flag(
-        "distill", "init, warmup, mine or distill of the run, or a model", group="evaluation"
-    )
+    checkpoint: str = flag("distill", "init, or a phase of the run, or a model", group="evaluation")
     eval_split: str = flag("", "empty: valid_seen (ALFWorld) or test (WebShop)")
     eval_temperature: float = flag(0.4, "of the sampling; 0 is greedy", at_least=0, below=100)
     eval_seed: int = flag(0, "of the sampling", at_least=0, below=2**32)
@@ -46,10 +43,8 @@ class Evaluation:
 
 def evaluate(policy, config, items, temperature, seed, bank=None, done=None) -> list[dict]:
     """One episode for each item, wave by wave -> {item, task_type, success, score, steps} of each.
-
-    done   a file: the waves that an interrupted evaluation left in it are not played again
-
-    UserError if an item cannot be played.
+    The waves that an interrupted evaluation left in the file `done` are not played again. UserError
+    if an item cannot be played.
     """
     outcomes = read_outcomes(done, items)
     for start in range(len(outcomes), len(items), WAVE):
@@ -108,25 +103,20 @@ def summarize(outcomes) -> dict[str, dict]:
         by_type[outcome["task_type"]].append(outcome)
     result = {}
     for name, chosen in (dict(sorted(by_type.items())) | {"all": outcomes}).items():
+        n = len(chosen)
         solved = sum(e["success"] for e in chosen)
-        low, high = wilson(solved, len(chosen))
-        result[name] = {
-            "n": len(chosen),
-            "solved": solved,
-            "success": solved / len(chosen),
-            "low": low,
-            "high": high,
-            "score": float(np.mean([e["score"] for e in chosen])),
-            "steps": float(np.mean([e["steps"] for e in chosen])),
+        low, high = wilson(solved, n)
+        result[name] = {"n": n, "solved": solved, "success": solved / n, "low": low, "high": high}
+        result[name] |= {
+            key: float(np.mean([e[key] for e in chosen])) for key in ("score", "steps")
         }
     return result
 
 
 def table(results) -> str:
     """What `summarize` gives, a line for each task type."""
-    lines = [
-        f"{'task type':<12}{'solved':>10}{'success':>9}{'95% interval':>17}{'score':>7}  steps"
-    ]
+    head = f"{'task type':<12}{'solved':>10}{'success':>9}{'95% interval':>17}{'score':>7}  steps"
+    lines = [head]
     for name, r in results.items():
         counts = f"{r['solved']}/{r['n']}"
         interval = f"{r['low']:.3f} to {r['high']:.3f}"
@@ -196,34 +186,27 @@ def main():
         bank = SkillBank.load(saves.find(root, phase) or root / phase, config)
     policy = Policy(*load_policy(path, config, device, trainable=False))
 
+    temperature, seed = choice.eval_temperature, choice.eval_seed
     label = choice.checkpoint.strip("/").replace("/", "-") + ("-skills" if bank else "")
-    name = f"eval-{split.replace(':', '-')}-{label}"
-    name += f"-T{choice.eval_temperature:g}-s{choice.eval_seed}"
+    name = f"eval-{split.replace(':', '-')}-{label}-T{temperature:g}-s{seed}"
     name += f"-n{len(items)}" if choice.eval_items else ""
     out = Path(choice.out or Path("runs") / config.run / f"{name}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     done = out.with_name(f"{out.stem}-{identity_of(config, choice, items, path, bank)}.waves")
-    temperature, seed = choice.eval_temperature, choice.eval_seed
     outcomes = evaluate(policy, config, items, temperature, seed, bank, done)
 
     results = summarize(outcomes)
-    prompt = "with skills" if bank else "plain prompt"
     panel = digest(items, config)
-    print(f"{choice.checkpoint}, {prompt}: {len(items)} items of {split} ({panel}), ", end="")
-    print(f"T={temperature}, seed {seed}\n{table(results)}")
+    print(f"{choice.checkpoint}, {'with skills' if bank else 'plain prompt'}: ", end="")
+    print(
+        f"{len(items)} items of {split} ({panel}), T={temperature}, seed {seed}\n{table(results)}"
+    )
     folder = Path(path).parent
     is_save = (folder / saves.MANIFEST).exists()
-    record = {
-        "checkpoint": str(path),
-        "skills": bool(bank),
-        "seed": seed,
-        "split": split,
-        "digest": panel,
-        "iteration": load_state(folder)["iteration"] if is_save else None,
-        "temperature": temperature,
-        "results": results,
-        "items": {outcome["item"]: outcome["success"] for outcome in outcomes},
-    }
+    record = {"checkpoint": str(path), "skills": bool(bank), "seed": seed, "split": split}
+    record |= {"digest": panel, "iteration": load_state(folder)["iteration"] if is_save else None}
+    record |= {"temperature": temperature, "results": results}
+    record["items"] = {outcome["item"]: outcome["success"] for outcome in outcomes}
     if parallel.rank() == 0:
         write_atomically(out, json.dumps(record, indent=1))
         done.unlink(missing_ok=True)

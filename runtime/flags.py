@@ -1,8 +1,8 @@
 """The command line of a script -> Config: flag, else the run's own value, else preset, default."""
 
-import argparse
 import difflib
 import re
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -24,18 +24,14 @@ OLD = {  # what a run may have been begun with: what it is now
     "split_rule": "--split train:verl",
     "trust_games": "--engine textworld-trusted",
     "validate": "--without validation",
-} | dict.fromkeys(
-    ("arm_baselines", "candidate_alone", "compare_gradients", "given_skills", "hand_off"),
-    "an edit in docs/fork.md",
-)
+}
 
 
 def parse_config(phase: str, doc: str, extra=None):
     """The flags of a script -> Config, or (Config, an `extra` dataclass of flags).
 
-    The phases after the warm-up, and what looks at a run, take the run's flags as defaults; a run
-    that has not begun those of --fork. UserError for an unknown flag or preset, a value out of its
-    limits, and a fixed flag that the run was not made with.
+    All but the warm-up take the run's flags as defaults, or those of --fork. UserError for an
+    unknown flag, a value out of its limits, and a fixed flag that the run was not made with.
     """
     given = read_command_line([Config, extra] if extra else [Config], doc)
     name = given.get("preset", Config.preset)
@@ -45,14 +41,13 @@ def parse_config(phase: str, doc: str, extra=None):
     run = given.get("run", preset["run"])
     fork = given.get("fork", "")
     check_name("run", run)
-    if fork:
-        check_name("fork", fork)
-        if phase == "warmup" or run == fork:
-            raise UserError(f"--fork {fork}: for mine.py and distill.py, with another --run")
+    check_name("fork", fork or run)
+    if fork and (phase == "warmup" or run == fork):
+        raise UserError(f"--fork {fork}: for mine.py and distill.py, with another --run")
     saved = saved_flags(Path("runs") / run) if phase != "warmup" else {}
     if fork and not saved:
         saved = saved_flags(Path("runs") / fork)
-    more = {name: given.pop(name) for name in list(given) if name not in preset}
+    more = {name: given.pop(name) for name in given.keys() - preset.keys()}
     config = Config(**preset | saved | given | {"run": run})
     for f in fields(Config):
         value = getattr(config, f.name)
@@ -68,13 +63,13 @@ def parse_config(phase: str, doc: str, extra=None):
 
 def read_command_line(kinds, doc) -> dict:
     """Name -> value of the flags on the command line. --help shows the preset's values."""
-    options = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    first = argparse.ArgumentParser(add_help=False, **options)
+    options = {"allow_abbrev": False, "argument_default": SUPPRESS}
+    first = ArgumentParser(add_help=False, **options)
     first.add_argument("--preset", default=Config.preset)
     first.error = refuse
     preset = PRESETS.get(first.parse_known_args()[0].preset, {})
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=shape, **options)
+    options["formatter_class"] = RawDescriptionHelpFormatter
+    parser = ArgumentParser(description=doc, **options)
     parser.error = refuse
     group = parser
     for kind in kinds:
@@ -84,7 +79,12 @@ def read_command_line(kinds, doc) -> dict:
             add_flag(group, f, (asdict(kind()) | preset)[f.name])
     given, unknown = parser.parse_known_args()
     if unknown:
-        raise unknown_flag(unknown[0], [f.name for kind in kinds for f in fields(kind)])
+        word = unknown[0]
+        name = word.split("=")[0].lstrip("-")
+        known = [f.name for kind in kinds for f in fields(kind)]
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean --{close[0]}?" if close else "see --help"
+        raise UserError(f"unknown flag {word}: {OLD.get(name) or hint}")
     return vars(given)
 
 
@@ -94,9 +94,8 @@ def add_flag(group, f, default):
     text = f.metadata["help"] + (f" ({shown})" if shown != "" else "")
     if f.type is not str and f.metadata["choices"]:
         text = f"{', '.join(map(str, f.metadata['choices']))}; {text}"
-    words = {int: "N", float: "X", bool: "false", str: "TEXT"}
-    options = {"help": text.replace("%", "%%"), "type": f.type}
-    options["metavar"] = words.get(f.type, "A,B")
+    word = {int: "N", float: "X", bool: "false", str: "TEXT"}.get(f.type, "A,B")
+    options = {"help": text.replace("%", "%%"), "type": f.type, "metavar": word}
     if f.type is bool:
         options |= {"type": true_or_false, "nargs": "?", "const": True}
     elif isinstance(default, list):
@@ -106,22 +105,14 @@ def add_flag(group, f, default):
 
 
 def true_or_false(text) -> bool:
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
-    return words[text.lower()]
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise ArgumentTypeError(f"{text!r} is not true or false")
+    return text.lower() in ("true", "1", "yes")
 
 
 def refuse(message):
     """What argparse found wrong, as one line."""
     raise UserError(f"{message}; see --help")
-
-
-def unknown_flag(word, known) -> UserError:
-    name = word.split("=")[0].lstrip("-")
-    close = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean --{close[0]}?" if close else "see --help"
-    return UserError(f"unknown flag {word}: {OLD.get(name) or hint}")
 
 
 def check_name(flag_name, run):
@@ -155,9 +146,8 @@ def known_flags(path) -> dict:
     flags = read_json(path)
     names = {f.name for f in fields(Config)}
     for name in sorted(set(flags) ^ names):
-        what = (
-            f"--{name} is {OLD.get(name, 'not a flag here')}" if name in flags else f"no --{name}"
-        )
+        known = OLD.get(name, "not a flag here")
+        what = f"--{name} is {known}" if name in flags else f"no --{name}"
         raise UserError(f"{path}: {what}; it is of another version, begin a new --run")
     return flags
 

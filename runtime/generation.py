@@ -3,13 +3,11 @@
 `generate` samples what `model.generate` would, with the modules of the same model. It is faster
 since
 
-- equal prompts are read once: the members of a group all begin with the same one;
-- prompts are padded on the right and read by causal attention without a mask (the fast kernel), in
-  chunks of similar length; the last layer computes the last position only;
+- equal prompts are read once, in chunks of similar length, padded on the right and without a mask
+  (the fast attention kernel); the last layer computes the last position only;
 - the KV cache is written in place, and key heads are not repeated for their query heads (GQA);
 - rows that have ended leave the batch, whose size halves each time half of it has ended;
-- sampling never waits for the device;
-- on a GPU the decode step is captured once per shape as a CUDA graph and replayed.
+- on a GPU sampling waits for nothing, and the decode step is replayed as a CUDA graph.
 
 Shapes: B rows, T new tokens, S cached tokens, D hidden size, V vocabulary.
 """
@@ -18,6 +16,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 FAMILIES = ("qwen2", "qwen3", "llama")  # what `forward` is the forward of
 CHUNK = 4096  # tokens of a prefill chunk: fits the caches of a CPU, fills a GPU
@@ -27,19 +26,15 @@ BUCKET = 64  # the cache is read up to a multiple of this length, so that few sh
 def encode_prompts(tokenizer, prompts) -> list:
     """User messages -> token ids of the chat prompt, ready for the assistant's turn."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    texts = [
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        for chat in chats
-    ]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    options = {"add_generation_prompt": True, "return_dict": False}
+    return tokenizer.apply_chat_template(chats, **options) if chats else []
 
 
 def eos_ids(model, tokenizer) -> list:
     """Every token that ends a response (Qwen2.5-Instruct has two)."""
     ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    ids = {*ids, tokenizer.eos_token_id} - {None}
-    return sorted(ids)
+    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
+    return sorted(ids - {None})
 
 
 class Cache:
@@ -95,25 +90,21 @@ def forward(model, ids, rows, positions, cache, visible=None):
     cos, sin = (table[:, :, None] for table in decoder.rotary_emb(x, at))
     if not prompt:
         mask = torch.arange(visible, device=ids.device) <= at  # [B, S]
-    for depth, (layer, keys, values) in enumerate(
-        zip(decoder.layers, cache.keys, cache.values, strict=True)
-    ):
+    for layer, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True):
         attention = layer.self_attn
         h = layer.input_layernorm(x)  # [B, T, D]
         size = (B, T, -1, keys.shape[-1])
         q, k, v = (f(h).view(size) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
         if hasattr(attention, "q_norm"):  # Qwen3
-            q = attention.q_norm(q)
-            k = attention.k_norm(k)
-        q = rotate(q, cos, sin)  # [B, T, heads, head size]
-        k = rotate(k, cos, sin)
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, T, heads, head size]
         keys[rows[:, None], at] = k
         values[rows[:, None], at] = v
         if prompt:
             q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # [B, heads, T, head size]
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             y = y.transpose(1, 2).reshape(B, T, -1)
-            if depth == len(decoder.layers) - 1:  # nothing reads the other positions any more
+            if layer is decoder.layers[-1]:  # nothing reads the other positions any more
                 every = torch.arange(B, device=ids.device)
                 x = x[every, positions][:, None]  # [B, 1, D]
                 y = y[every, positions][:, None]
@@ -150,44 +141,36 @@ def read_prompts(model, prompts, cache):
     owner = {}  # prompt -> the row that reads it, for all that are equal
     for row, prompt in enumerate(prompts):
         owner.setdefault(tuple(prompt), row)
-    unique = list(owner.items())
-    logits = {}  # row -> [V]
-    start = 0
-    while start < len(unique):
-        stop = start + 1
-        while stop < len(unique) and (stop + 1 - start) * len(unique[stop][0]) <= CHUNK:
-            stop += 1
-        chunk = unique[start:stop]
-        ids = torch.zeros(len(chunk), len(chunk[-1][0]), dtype=torch.long)
-        for i, (prompt, _) in enumerate(chunk):
-            ids[i, : len(prompt)] = torch.tensor(prompt)
-        last = torch.tensor([len(prompt) - 1 for prompt, _ in chunk], device=device)
-        rows = torch.tensor([row for _, row in chunk], device=device)
-        out = forward(model, ids.to(device), rows, last, cache)
-        logits |= zip(rows.tolist(), out, strict=True)
-        start = stop
+    chunks = [[]]
+    for prompt in owner:
+        if chunks[-1] and (len(chunks[-1]) + 1) * len(prompt) > CHUNK:
+            chunks.append([])
+        chunks[-1].append(prompt)
+    logits = {}  # prompt -> [V]
+    for chunk in chunks:
+        ids = pad_sequence([torch.tensor(prompt) for prompt in chunk], batch_first=True)
+        last = torch.tensor([len(prompt) - 1 for prompt in chunk], device=device)
+        rows = torch.tensor([owner[prompt] for prompt in chunk], device=device)
+        logits |= zip(chunk, forward(model, ids.to(device), rows, last, cache), strict=True)
     owners = [owner[tuple(prompt)] for prompt in prompts]
     copies = [row for row, first in enumerate(owners) if row != first]
     if copies:
         cache.move([owners[row] for row in copies], copies)
-    return torch.stack([logits[first] for first in owners])
+    return torch.stack([logits[tuple(prompt)] for prompt in prompts])
 
 
 def replay(cache, step, *inputs, **shape):
-    """step(*inputs, **shape) as a CUDA graph, captured when the shape is new; eager on a CPU, and
-    where a capture has failed, which is slower and right all the same.
-    """
-    if cache.pool is None:
-        return step(*inputs, **shape)
+    """step(*inputs, **shape) as a CUDA graph; eager on a CPU, and after a capture has failed."""
     key = (len(inputs[0]), *shape.values())
-    if key not in cache.graphs:
+    if cache.pool is not None and key not in cache.graphs:
         try:
             cache.graphs[key] = capture(cache.pool, step, inputs, shape)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             print(f"decoding without CUDA graphs: the capture failed ({reason})")
             cache.pool = None
-            return step(*inputs, **shape)
+    if cache.pool is None:
+        return step(*inputs, **shape)
     graph, fixed, outputs = cache.graphs[key]
     for old, new in zip(fixed, inputs, strict=True):
         old.copy_(new)
@@ -210,14 +193,12 @@ def capture(pool, step, inputs, shape) -> tuple:
 
 
 def sample_batch(model, prompts, uniform, ends, cache, *, temperature, stop):
-    """Decode the prompts (sorted by length) together -> tokens, logprobs [B, max_new_tokens].
-
-    uniform   [B, max_new_tokens] the random numbers; ends: the ids that end a response
+    """Decode the prompts (sorted by length) together -> tokens, logprobs [B, max_new_tokens], by as
+    many random numbers `uniform`. `ends` are the ids that end a response.
     """
     device = uniform.device
     B, new = uniform.shape
-    tokens = torch.zeros_like(uniform, dtype=torch.long)
-    logprobs = torch.zeros_like(uniform)
+    tokens, logprobs = torch.zeros_like(uniform, dtype=torch.long), torch.zeros_like(uniform)
     where = torch.tensor([len(prompt) for prompt in prompts], device=device)  # next position
     logits = read_prompts(model, prompts, cache)
     token, logprob = sample(logits, uniform[:, 0], temperature)
@@ -245,10 +226,7 @@ def sample_batch(model, prompts, uniform, ends, cache, *, temperature, stop):
             if alive <= len(done) // 2:  # those still running, and ended ones to fill up
                 keep = done.int().argsort(stable=True)[: len(done) // 2]
                 cache.move(keep, slice(len(keep)))
-                slots = slots[keep]
-                done = done[keep]
-                token = token[keep]
-                where = where[keep]
+                slots, done, token, where = (x[keep] for x in (slots, done, token, where))
     return tokens, logprobs
 
 
@@ -262,17 +240,14 @@ def response_lengths(tokens, ends):
 def generate(
     model, tokenizer, prompts, *, max_new_tokens, temperature, seed, rows=128, stop=True, cache=None
 ) -> list:
-    """Sample one response for each prompt -> [(token ids, logprobs, text)], in the order of the
-    prompts.
+    """Sample one response for each prompt -> [(token ids, logprobs, text)], in their order.
 
     prompts   token ids of chat prompts, or user messages as text
-    rows      decoded together, sorted by length; the samples do not depend on it, since every
-              prompt has its own random numbers
+    rows      decoded together; the samples do not depend on it
     stop      False: go on to the full length, to measure speed
     cache     a Cache to use again, `rows` rows and long enough; by default one is made and dropped
     ids       the sampled tokens, the ending EOS included
-    logprobs  theirs under the sampling distribution; temperature 0 is greedy decoding, with the
-              log-probs of the untempered distribution
+    logprobs  theirs under the sampling distribution; see `sample` for temperature 0
     """
     if prompts and isinstance(prompts[0], str):
         prompts = encode_prompts(tokenizer, prompts)
@@ -293,13 +268,10 @@ def generate(
                 size //= 2
             batch = batch + batch[-1:] * (size - len(batch))
         chosen = [prompts[i] for i in batch]
-        tokens, logprobs = sample_batch(
-            model, chosen, uniform[batch], ends, cache, temperature=temperature, stop=stop
-        )
-        lengths = response_lengths(tokens, ends).tolist()
-        for i, n, row, values in zip(
-            batch, lengths, tokens.tolist(), logprobs.tolist(), strict=True
-        ):
+        how = {"temperature": temperature, "stop": stop}
+        tokens, logprobs = sample_batch(model, chosen, uniform[batch], ends, cache, **how)
+        answers = (response_lengths(tokens, ends).tolist(), tokens.tolist(), logprobs.tolist())
+        for i, n, row, values in zip(batch, *answers, strict=True):
             text = tokenizer.decode(row[:n], skip_special_tokens=True)
             results[i] = (row[:n], values[:n], text)
     return results

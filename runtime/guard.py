@@ -1,7 +1,7 @@
 """What keeps a long run alive and its weights clean.
 
-A step whose loss or gradient is not finite is left out, on all ranks alike. A group whose world
-raises an error is left out whole. Where it does not stop, the run does, with its last save intact.
+A step whose loss or gradient is not finite is left out, on all ranks alike, and a group whose world
+raises an error. Where it does not stop, the run does, with its last save intact.
 """
 
 import math
@@ -18,9 +18,8 @@ MOST = 3  # refused steps in a row
 
 
 def is_finite(policy, rows, log, config) -> bool:
-    """Whether loss and gradient norm of a mini-batch, the same on all ranks, are numbers.
-
-    If not, its rows are kept for a look in runs/<run>/not-finite.pt. UserError after MOST in a row.
+    """Whether loss and gradient norm of a mini-batch, alike on all ranks, are numbers. If not, its
+    rows are kept in runs/<run>/not-finite.pt; UserError after MOST in a row.
     """
     if math.isfinite(log["loss"]) and math.isfinite(log["grad_norm"]):
         policy.refused = 0
@@ -35,8 +34,7 @@ def is_finite(policy, rows, log, config) -> bool:
     if policy.refused == MOST:
         raise UserError(
             f"{MOST} steps in a row had a loss or gradient that is not finite; the last save stays."
-            f" Look at the rows in {path} (torch.load); begin the phase anew with a lower --lr, or "
-            "fork it"
+            f" See the rows in {path} (torch.load); begin the phase anew with a lower --lr"
         )
     return False
 
@@ -48,10 +46,8 @@ def without_failures(episodes) -> list:
         tqdm.write(f"group left out: {episode.item}: {episode.failure}")
     groups = {e.group for e in episodes}
     if 2 * len(failed) > len(groups):
-        example = next(iter(failed.values()))
         raise UserError(
-            f"{len(failed)} of {len(groups)} groups could not be played; the last was "
-            f"{example.item}: {example.failure}. Fix or remove these items, then the same command "
-            "goes on"
+            f"{len(failed)} of {len(groups)} groups could not be played, such as {episode.item}: "
+            f"{episode.failure}. Fix or remove these items, then the same command goes on"
         )
     return [e for e in episodes if e.group not in failed]

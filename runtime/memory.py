@@ -3,32 +3,11 @@
     python warmup.py --preset alfworld-7b --dry_run
     WORLD_SIZE=4 python warmup.py --preset alfworld-7b --dry_run     # for each of 4 GPUs
 
-Bytes are counted from the model's shape alone, without weights, and without a network for Qwen2.5:
+Bytes are counted from the model's shape alone, without weights, and without a network for Qwen2.5.
+Rollout, scoring and update take turns (`situations`), and the largest counts.
 
-| part        | bytes                                                                              |
-|-------------|------------------------------------------------------------------------------------|
-| weights     | 2 (bfloat16) or 4 a parameter; gradients as many; the reference too, if there is a |
-|             | KL; the optimizer twice as many, in bfloat16 with its Kahan buffer three times     |
-| KV cache    | generation_rows x (prompt + response) x layers x 2 x KV heads x head size          |
-| prefill     | a chunk of prompts read at once: one layer's intermediates, the last logits        |
-| decode      | float32 scores of the rows decoded together, in sampling                           |
-| checkpoints | the input of every layer, for micro_tokens tokens                                  |
-| saved       | what a layer keeps for its backward pass; of all layers without checkpointing      |
-| layer       | what a layer's own backward pass needs in addition                                 |
-| logits      | rows of the vocabulary held at once: 20 bytes a logit with their gradients         |
-| disk        | a save: weights and optimizer; each phase keeps two, three while one is written    |
-
-Three situations take turns, and the largest counts:
-
-    rollout   weights + optimizer + reference + KV cache + prefill, or decode
-    scoring   weights + optimizer + reference + the larger of a layer's forward pass and logits
-    update    weights + optimizer + reference + gradients + checkpoints + the larger of the backward
-              pass of a layer and of the logits
-
---offload takes the optimizer off the card but for one parameter's part, and the reference outside
-scoring. N GPUs hold an N-th of weights, gradients, optimizer and reference each;
-a rollout needs the whole weights on each all the same, the update the largest pieces that FSDP puts
-together: the root's (embedding and head) and two layers'.
+N GPUs hold an N-th of weights, gradients, optimizer and reference each. A rollout needs the whole
+weights on each all the same, the update the largest pieces that FSDP puts together.
 """
 
 import itertools
@@ -42,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from config import UserError
 from runtime.generation import CHUNK
-from runtime.policy import SHAPES, dtype_of, local_path
+from runtime.policy import SHAPES, local_path
 
 # MiB that nvidia-smi reports for an RTX 4090, A6000, H100 and H200; CUDA itself takes about 1,024
 CARDS = {"24 GB": 24_564, "48 GB": 49_140, "80 GB": 81_559, "141 GB": 143_771}
@@ -88,64 +67,56 @@ def cache_bytes(shape, size, tokens):
 def parts(config) -> dict:
     """Part -> bytes, on the card unless its name says otherwise."""
     shape = model_config(config.model)
-    size = dtype_of(config).itemsize
+    size = getattr(torch, config.dtype).itemsize
     parameters, per_layer, largest = count_parameters(config.model)
     weights = size * parameters
-    vocabulary = shape.vocab_size
-    width = shape.hidden_size
-    inner = shape.intermediate_size
+    vocabulary, width, inner = shape.vocab_size, shape.hidden_size, shape.intermediate_size
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     longest = config.max_prompt_tokens + config.max_response_tokens
     rows = min(config.generation_rows, math.ceil(config.tasks / ranks) * config.group_size)
     tokens = max(config.micro_tokens, longest)
     read_at_once = min(max(CHUNK, config.max_prompt_tokens), rows * config.max_prompt_tokens)
-    moments = 3 if size == 2 else 2
-    # q, k, v, attention, two residuals and norms (float32 copies under bfloat16); gate, up, their
-    # activation and product; measured, see tests/test_memory.py
+    moments = 3 if size == 2 else 2  # in bfloat16 with a Kahan buffer
+    # of a layer, for its backward pass: q, k, v, attention, two residuals and norms (float32 copies
+    # under bfloat16); gate, up, their activation and product; measured, see tests/test_memory.py
     saved = tokens * ((12 if size == 2 else 9.5) * width + 4 * inner) * size
-    checkpoints = tokens * width * size * shape.num_hidden_layers
+    checkpoints = tokens * width * size * shape.num_hidden_layers  # the input of every layer
     if not config.gradient_checkpointing:
-        checkpoints = saved * shape.num_hidden_layers  # and `saved` is among them
-        saved = 0
+        checkpoints, saved = saved * shape.num_hidden_layers, 0
     chunk = min(LOGITS, tokens * vocabulary)  # tokens is the worst case: hardly any prompt
-    unsharded = 0
-    if ranks > 1:
-        root = parameters - per_layer * shape.num_hidden_layers
-        unsharded = size * (root + 2 * per_layer)
+    root = parameters - per_layer * shape.num_hidden_layers  # embedding and head
     return {
         "weights": weights / ranks,
         "gradients": weights / ranks,
         "optimizer": moments * weights / ranks,
-        "one parameter": moments * largest * size,
+        "one parameter": moments * largest * size,  # its optimizer state, with --offload
         "reference": weights / ranks if config.kl_coef else 0,
         "whole weights": weights if ranks > 1 else 0,
-        "unsharded": unsharded,
+        "unsharded": size * (root + 2 * per_layer) if ranks > 1 else 0,
         "KV cache": cache_bytes(shape, size, longest * rows),
-        "prefill": read_at_once * (7 * width + 3 * inner) * size,
-        "decode": 4 * 4 * rows * vocabulary,
+        "prefill": read_at_once * (7 * width + 3 * inner) * size,  # one layer's intermediates
+        "decode": 4 * 4 * rows * vocabulary,  # float32 scores, in sampling
         "checkpoints": checkpoints,
         "saved": saved,
-        "layer": tokens * (2 * width + 3 * inner) * size,
+        "layer": tokens * (2 * width + 3 * inner) * size,  # its backward pass, in addition
         "layer, forward": tokens * (6 * width + 3 * inner) * size,
-        "logits": chunk * 20,
+        "logits": chunk * 20,  # with their gradients
         "logits, forward": chunk * (8 + size),
-        "disk": (1 + moments) * weights,
+        "disk": (1 + moments) * weights,  # a save; a phase keeps two, three while one is written
     }
 
 
 def situations(p: dict, offload: bool) -> dict[str, float]:
     """The parts -> situation -> bytes on the card."""
-    optimizer = p["one parameter"] if offload else p["optimizer"]
-    reference = 0 if offload else p["reference"]
-    weights = p["weights"] + (0 if offload else p["optimizer"])
-    rollout = weights + reference + p["whole weights"] + p["KV cache"]
-    scoring = weights + p["reference"] + 2 * p["unsharded"]
-    update = weights + reference + p["gradients"] + p["unsharded"]
+    held = p["weights"] + (0 if offload else p["optimizer"] + p["reference"])
+    rollout = held + p["whole weights"] + p["KV cache"]
+    scoring = held + (p["reference"] if offload else 0) + 2 * p["unsharded"]
+    update = held + p["gradients"] + p["unsharded"]
     backward = p["checkpoints"] + max(p["saved"] + p["layer"], p["logits"])
     return {
         "rollout": rollout + max(p["prefill"], p["decode"]),
         "scoring": scoring + max(p["layer, forward"], p["logits, forward"]),
-        "update": update + max(backward, optimizer if offload else 0),
+        "update": update + max(backward, p["one parameter"] if offload else 0),
     }
 
 
@@ -179,15 +150,15 @@ def table(config) -> str:
 def advice(config, room: float) -> str:
     """What makes it fit: the cheapest changes that are enough together."""
     changes = {
-        "--micro_tokens a quarter": {"micro_tokens": config.micro_tokens // 4},
-        "--generation_rows a quarter": {"generation_rows": max(1, config.generation_rows // 4)},
-        "--offload": {"offload": True},
+        "micro_tokens": config.micro_tokens // 4,
+        "generation_rows": max(1, config.generation_rows // 4),
+        "offload": True,
     }
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # they shard what would be offloaded
-        del changes["--offload"]
+        del changes["offload"]
     for count in range(1, len(changes) + 1):
-        for chosen in itertools.combinations(changes, count):
-            flags = {name: value for x in chosen for name, value in changes[x].items()}
-            if peak(replace(config, **flags)) < room:
-                return "with " + ", ".join(chosen)
+        for names in itertools.combinations(changes, count):
+            if peak(replace(config, **{name: changes[name] for name in names})) < room:
+                flags = [f"--{name}{'' if name == 'offload' else ' a quarter'}" for name in names]
+                return "with " + ", ".join(flags)
     return "too small: more GPUs (torchrun), or a smaller --model"

@@ -46,8 +46,8 @@ def rollout_metrics(episodes, advantages, config, deltas=None) -> dict:
 
 def halves(metrics) -> str:
     """The success of both halves and their mean difference, for the summary line."""
-    names = ("success_plain", "success_skill", "delta")
-    shown = ["  - " if metrics[name] is None else f"{metrics[name]:.2f}" for name in names]
-    plain, skill, delta = shown
-    groups = metrics["paired_groups"]
-    return f"success plain {plain} skill {skill}  delta {delta} in {groups} groups"
+    values = [metrics[name] for name in ("success_plain", "success_skill", "delta")]
+    plain, skill, delta = ("  - " if value is None else f"{value:.2f}" for value in values)
+    return (
+        f"success plain {plain} skill {skill}  delta {delta} in {metrics['paired_groups']} groups"
+    )

@@ -23,9 +23,8 @@ def load_miner(config, device) -> Policy:
 
 
 def ask_endpoint(prompts, config, seed) -> list[str]:
-    """User messages -> texts, "" where no answer came in time. The key is $OPENAI_API_KEY.
-
-    UserError when none of them was answered. Only one process asks, the others get its answers.
+    """User messages -> texts, "" where no answer came in time; UserError when none did. The key is
+    $OPENAI_API_KEY. Only one process asks, the others get its answers.
     """
     url, _, model = config.miner.partition("#")
     key = os.environ.get("OPENAI_API_KEY", "none")
@@ -38,9 +37,9 @@ def ask_endpoint(prompts, config, seed) -> list[str]:
             answers.append(("", "not asked after the others had failed"))
             continue
         chat = [{"role": "user", "content": prompt}]
-        own_seed = seed % 2**31 + number
         try:
-            answer = client.chat_completion(chat, temperature=1.0, seed=own_seed, **settings)
+            own = {"temperature": 1.0, "seed": seed % 2**31 + number}
+            answer = client.chat_completion(chat, **settings, **own)
             text = answer.choices[0].message.content
             if not isinstance(text, str):
                 raise ValueError(f"the answer is {type(text).__name__}, not a text")

@@ -4,16 +4,12 @@
 
 Every process runs the same script with the same seed. They differ in two places: `rollout` plays
 the groups of its own rank and then gathers the episodes of all, `update` trains the rows of its own
-rank while FSDP sums the gradients. What lies between (advantages, Delta_g, the skill bank) is small
-and computed by all alike, so the phases read as for one process. Without torchrun there is one
-rank, and nothing here does anything.
+rank while FSDP sums the gradients. What lies between (advantages, Delta_g, the skill bank) is
+computed by all alike. Without torchrun there is one rank, and nothing here does anything.
 
-| state       | where                                                                             |
-|-------------|-----------------------------------------------------------------------------------|
-| weights     | sharded over the ranks, also gradients, optimizer state and reference; gathered   |
-|             | layer by layer in the update, whole on each rank in a rollout (`unsharded`)       |
-| episodes    | the same on all ranks                                                             |
-| run folder  | written by rank 0                                                                 |
+Weights, gradients, optimizer state and reference are sharded over the ranks; the weights are
+gathered layer by layer in the update, and whole on each rank in a rollout (`unsharded`). Rank 0
+writes the run's folder.
 """
 
 import os
@@ -53,11 +49,6 @@ def destroy():
         dist.destroy_process_group()
 
 
-def barrier():
-    if world_size() > 1:
-        dist.barrier()
-
-
 def all_gather(values: list) -> list:
     """The lists of all ranks, one after the other, on every rank."""
     if world_size() == 1:
@@ -65,6 +56,11 @@ def all_gather(values: list) -> list:
     lists = [None] * world_size()
     dist.all_gather_object(lists, values)
     return [value for part in lists for value in part]
+
+
+def by_one(work):
+    """work(), done by rank 0 for all."""
+    return all_gather([work()] if rank() == 0 else [])[0]
 
 
 def all_reduce(values: dict[str, float]) -> dict[str, float]:
@@ -116,10 +112,8 @@ def reshard(model):
 
 @contextmanager
 def unsharded(model):
-    """The whole weights on this rank, for a rollout, which each rank does at its own pace.
-
-    They must be resharded before an optimizer step: it moves the shards, and whole weights that
-    stayed would silently be the old ones.
+    """The whole weights on this rank, for a rollout, which each does at its own pace. They must go
+    before an optimizer step: it moves the shards, and they would silently be the old ones.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -59,19 +59,13 @@ def local_path(path) -> Path | str:
     return BUILT.get(name, path)
 
 
-def dtype_of(config: Config) -> torch.dtype:
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-
-
 def load_policy(path, config: Config, device, trainable=True) -> tuple:
     """Hub name, folder or name of `SHAPES` -> (model, tokenizer)."""
     path = local_path(path)
     known = Path(path).exists() or path in SHAPES
     if not known and (str(path).count("/") != 1 or str(path).startswith((".", "/", "runs/"))):
-        raise UserError(
-            f"{path}: no such model folder; give --model a folder in HF format or a hub name"
-        )
-    dtype = dtype_of(config)
+        raise UserError(f"{path}: no such model folder; give --model a folder or a hub name")
+    dtype = getattr(torch, config.dtype)
     try:
         # tokenizer.json as it is: AutoTokenizer would put Qwen2's own pre-tokenizer in its place
         words = local_path("tiny") if path in SHAPES else path
@@ -81,22 +75,19 @@ def load_policy(path, config: Config, device, trainable=True) -> tuple:
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
         else:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, output_loading_info=True
-            )
+            load = AutoModelForCausalLM.from_pretrained
+            model, info = load(path, dtype=dtype, output_loading_info=True)
             check_whole(path, model, tokenizer, info)
             model = model.to(device)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"--model {path}: cannot be loaded ({reason}); give a local folder or a hub name"
-        ) from None
+        remedy = "give a local folder or a hub name"
+        raise UserError(f"--model {path}: cannot be loaded ({reason}); {remedy}") from None
     if (family := model.config.model_type) not in FAMILIES:
-        raise UserError(
-            f"--model {path} is a {family}; runtime/generation.py reads {', '.join(FAMILIES)}"
-        )
+        known = ", ".join(FAMILIES)
+        raise UserError(f"--model {path} is a {family}; runtime/generation.py reads {known}")
     model.requires_grad_(trainable)
     if trainable and config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.23
@@ -109,16 +100,16 @@ def check_whole(path, model, tokenizer, info):
     """UserError where weights, config and tokenizer of a model folder do not belong together."""
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
-            example = sorted(map(str, info[what]))[0]
+            found = f"{len(info[what])} {what.replace('_', ' ')}, the first is "
+            found += min(map(str, info[what]))
+            remedy = "copy the folder again"
             raise UserError(
-                f"--model {path}: its weights do not fit its config.json ({len(info[what])} "
-                f"{what.replace('_', ' ')}, the first is {example}); copy the folder again"
+                f"--model {path}: weights do not fit its config.json ({found}); {remedy}"
             )
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(
-            f"--model {path}: its tokenizer has {len(tokenizer)} tokens, its weights "
-            f"{model.get_input_embeddings().num_embeddings}; they are of two models"
-        )
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        found = f"its tokenizer has {len(tokenizer)} tokens, its weights {rows}"
+        raise UserError(f"--model {path}: {found}; they are of two models")
 
 
 def load_reference(config: Config, device):
@@ -130,28 +121,22 @@ def load_reference(config: Config, device):
 
 
 class OffloadedAdamW(optimi.AdamW):
-    """optimi's AdamW with its state in host memory: each parameter's part is on the card only while
-    that parameter steps. The arithmetic is the same.
-    """
+    """optimi's AdamW with its state in host memory; on the card only while its parameter steps."""
 
     def step(self):
         groups = self.param_groups
-        try:
-            for group in groups:
-                self.param_groups = [group]
-                self.step_one(*group["params"])
-        finally:
-            self.param_groups = groups
-
-    def step_one(self, parameter):
-        state = self.state[parameter]
-        host = {name: value for name, value in state.items() if torch.is_tensor(value)}
-        for name, value in host.items():
-            state[name] = value.to(parameter.device, non_blocking=True, copy=True)
-        super().step()
-        for name, value in state.items():
-            if torch.is_tensor(value):
-                state[name] = to_host(value, host.get(name))
+        for group in groups:
+            (parameter,) = group["params"]
+            state = self.state[parameter]
+            host = {name: value for name, value in state.items() if torch.is_tensor(value)}
+            for name, value in host.items():
+                state[name] = value.to(parameter.device, non_blocking=True, copy=True)
+            self.param_groups = [group]
+            super().step()
+            for name, value in state.items():
+                if torch.is_tensor(value):
+                    state[name] = to_host(value, host.get(name))
+        self.param_groups = groups
 
 
 def to_host(value, place=None):
@@ -174,18 +159,12 @@ def make_optimizer(model, lr, *, beta2=None, weight_decay=0.01, offload=False, s
     parameters = list(model.parameters())
     if beta2 is None:
         beta2 = 0.95 if parameters[0].dtype == torch.bfloat16 else 0.999
-    triton = find_spec("triton") is not None and all(
-        p.is_cuda and not isinstance(p, DTensor) for p in parameters
-    )
-    optimizer = (OffloadedAdamW if offload else optimi.AdamW)(
-        [{"params": [parameter]} for parameter in parameters],
-        lr=lr,
-        betas=(0.9, beta2),
-        eps=1e-8,
-        weight_decay=weight_decay,
-        foreach=False,
-        triton=triton,
-    )
+    plain = all(p.is_cuda and not isinstance(p, DTensor) for p in parameters)
+    triton = plain and find_spec("triton") is not None
+    groups = [{"params": [parameter]} for parameter in parameters]
+    settings = {"lr": lr, "betas": (0.9, beta2), "eps": 1e-8, "weight_decay": weight_decay}
+    kind = OffloadedAdamW if offload else optimi.AdamW
+    optimizer = kind(groups, **settings, foreach=False, triton=triton)
     if not saved:
         return optimizer
     if len(saved["param_groups"]) != len(parameters):

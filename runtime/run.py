@@ -21,13 +21,12 @@ import signal
 import sys
 import time
 from dataclasses import asdict, fields
-from itertools import zip_longest
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
+from transformers import set_seed
 
 import envs
 from config import PHASES, Config, UserError, read_json, read_jsonl, write_atomically
@@ -36,29 +35,24 @@ from runtime.flags import other_value
 from runtime.policy import Policy, load_policy, load_reference, make_optimizer
 from skills import group_deltas
 
-SHOWN = 2  # episodes of each iteration in episodes.jsonl
-
 
 def run_script(main):
     """Run a script's main; a UserError becomes one line and exit code 2, Ctrl-C one and 130."""
     try:
         main()
         parallel.destroy()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        remedy = "lower --micro_tokens (update) or --generation_rows (rollout); --dry_run explains"
-        print(f"error: out of memory ({str(error).splitlines()[0]}); {remedy}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "; free some disk, then the same command goes on" if full else ""
-        print(f"error: {error}{remedy}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last save", file=sys.stderr)
         sys.exit(130)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            text = f"out of memory ({text.splitlines()[0]}); lower --micro_tokens (update) or "
+            text += "--generation_rows (rollout); --dry_run explains"
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            text += "; free some disk, then the same command goes on"
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
 
 
 def set_up(config: Config) -> torch.device:
@@ -78,22 +72,13 @@ def set_up(config: Config) -> torch.device:
         raise UserError(f"{ranks} processes share --tasks {config.tasks}: start fewer, or raise it")
     if config.offload and ranks > 1:
         raise UserError("--offload is for one GPU; several shard the state")
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
+    set_seed(config.seed)
     return device
 
 
 def list_items(config: Config, split: str) -> list[str]:
-    """Every item of a split, by one process for all: embedded data may have to be made."""
-    items = envs.list_items(config.env, split, config.data) if parallel.rank() == 0 else []
-    return parallel.all_gather(items)
-
-
-def find_save(root, phase, set_aside=False) -> Path | None:
-    """`saves.find`, by one process for all: it reads every byte."""
-    found = saves.find(root, phase, set_aside) if parallel.rank() == 0 else None
-    return parallel.all_gather([found])[0]
+    """Every item of a split; embedded data may have to be made."""
+    return parallel.by_one(lambda: envs.list_items(config.env, split, config.data))
 
 
 def load_state(folder) -> dict:
@@ -123,15 +108,16 @@ class Run:
         self.last = getattr(config, f"{phase}_iterations")
         self.device = set_up(config)
         self.items = list_items(config, config.split)
-        self.source = find_save(self.root, phase, set_aside=True)
+        self.source = parallel.by_one(lambda: saves.find(self.root, phase, set_aside=True))
         self.resumed = self.source is not None
         if self.resumed:
             self.check_flags()
         elif after:
             self.source = self.find_before(after)
         self.state = load_state(self.source) if self.source else first
-        if self.resumed:
-            self.state["finished"] &= not self.is_extended()
+        if self.resumed:  # a raised flag may give a finished phase more to do
+            enough = phase == "warmup" and len(self.state["successes"]) >= config.n_req
+            self.state["finished"] &= enough or self.state["iteration"] >= self.last
         else:
             self.state |= {"iteration": 0, "finished": False}
         self.spent = {"episodes": 0, "sampled_tokens": 0}  # by the run so far
@@ -144,12 +130,10 @@ class Run:
         optimizer = make_optimizer(model, config.lr, offload=config.offload, saved=saved)
         self.policy = Policy(model, tokenizer, reference, optimizer)
 
-        self.clock = time.time()  # of the last line of the log
-        self.saved_at = time.time()
+        self.clock = self.saved_at = time.time()  # of the last line of the log, the last save
         self.save_seconds = None
-        self.boundary = None  # what a save of the last iteration's end holds
+        self.boundary = None  # what a save of the last iteration's end holds; None once it is saved
         self.steps = 0  # policy.steps there: while it is equal, no weight has moved
-        self.is_saved = True
         self.saving = False
         self.terminated = False  # SIGTERM came
         signal.signal(signal.SIGTERM, self.on_sigterm)
@@ -167,7 +151,7 @@ class Run:
                 earlier = PHASES[: PHASES.index(self.phase)]
                 lines = [json.dumps(x) for x in read_jsonl(theirs) if x["phase"] in earlier]
                 write_atomically(ours, "".join(line + "\n" for line in lines))
-        folder = find_save(root, after)
+        folder = parallel.by_one(lambda: saves.find(root, after))
         command = f"`python {after}.py --run {root.name}`"
         if folder is None:
             raise UserError(f"{root / after}/model is missing: run {command} first")
@@ -182,13 +166,6 @@ class Run:
             value = getattr(self.config, f.name)
             if not f.metadata["free"] and saved.get(f.name) != value:
                 raise other_value(self.source, f.name, saved.get(f.name), value)
-
-    def is_extended(self) -> bool:
-        """Whether a raised flag gives a finished phase more to do."""
-        more = self.state["iteration"] < self.last
-        if self.phase == "warmup":
-            more = more and len(self.state["successes"]) < self.config.n_req
-        return more
 
     # ---- iterations
 
@@ -219,7 +196,6 @@ class Run:
         state = {name: list(value) for name, value in state.items()}  # copies: the phase goes on
         state |= {"iteration": iteration, "finished": finished}
         self.boundary = {"state": state, "skills": bank.dump() if bank else None}
-        self.is_saved = False
         self.steps = self.policy.steps  # last: until here an earlier boundary counted
         late = time.time() - self.saved_at >= 60 * self.config.save_minutes
         terminated, late = parallel.all_gather([(self.terminated, late)])[0]
@@ -229,10 +205,9 @@ class Run:
             self.end_by_sigterm()
 
     def on_sigterm(self, *_):
-        """Someone takes the machine away, often in 30 seconds. In a rollout the weights are those
-        of the last iteration's end: they are saved at once. In an update, and with several
-        processes, the iteration is finished first; killed before that, the run goes on from the
-        save before.
+        """In a rollout the weights are those of the last iteration's end: they are saved at once,
+        since the machine may go in 30 seconds. In an update, and with several processes, the
+        iteration is finished first; killed before that, the run goes on from the save before.
         """
         self.terminated = True
         moved = self.policy.steps != self.steps
@@ -240,16 +215,15 @@ class Run:
             self.end_by_sigterm()
 
     def end_by_sigterm(self):
-        if not self.is_saved:
+        if self.boundary:
             self.save()
-        what = "what was done is saved" if self.boundary else "no iteration was finished"
+        what = "saved up to the last finished iteration"
         print(f"SIGTERM: {what}; the same command goes on", file=sys.stderr, flush=True)
         sys.exit(143)
 
     def save(self):
-        """Save the boundary as one folder, swapped in whole: see runtime/saves.py.
-
-        UserError if a weight is not finite or the disk is full; the last good save stays.
+        """Save the boundary as one folder, swapped in whole: see runtime/saves.py. UserError if a
+        weight is not finite or the disk is full; the last good save stays.
         """
         start = time.time()
         self.saving = True
@@ -269,8 +243,13 @@ class Run:
                 saves.put(part, self.folder)
             except (OSError, RuntimeError, SafetensorError) as error:
                 shutil.rmtree(part, ignore_errors=True)
-                raise cannot_save(self.folder, error) from None
-        self.is_saved = True
+                reason = str(error).strip().split("\n")[0]
+                free = shutil.disk_usage(self.root).free / 1e9
+                raise UserError(
+                    f"{self.folder} could not be saved ({reason}; {free:.2f} GB free); the last "
+                    "save stays. Free some disk, then the same command goes on"
+                ) from None
+        self.boundary = None
         self.saving = False
         self.saved_at = time.time()
         self.save_seconds = self.saved_at - start
@@ -281,9 +260,9 @@ class Run:
         """One line of metrics, a few readable episodes of one group, one line on the screen."""
         if parallel.rank() > 0:
             return
-        now = time.time()
         where = {"phase": self.phase, "iteration": iteration}
-        record = {**where, "seconds": round(now - self.clock, 2), **metrics}
+        record = {**where, "seconds": round(time.time() - self.clock, 2), **metrics}
+        self.clock = time.time()
         for name in self.spent:
             self.spent[name] += metrics[name]
             record[f"{name}_so_far"] = self.spent[name]
@@ -291,7 +270,6 @@ class Run:
         if self.save_seconds is not None:
             record["save_seconds"] = round(self.save_seconds, 3)  # of the save before this line
             self.save_seconds = None
-        self.clock = now
         append(self.root / "metrics.jsonl", [record])
         deltas = group_deltas(episodes)
         shown = choose_shown(episodes, iteration)
@@ -300,9 +278,8 @@ class Run:
         tqdm.write(f"{self.phase} {iteration:>3}  {line}")
 
     def drop_lines_after(self, kept):
-        """Take out of the logs what this phase did after iteration `kept`, and count the rest.
-
-        Lines that are no whole record (the disk was full, the process was killed) go too.
+        """Drop from the logs what this phase did after iteration `kept`, and count the rest. Lines
+        that are no whole record (the disk was full, the process was killed) go too.
         """
         if parallel.rank() > 0:
             return
@@ -349,16 +326,6 @@ def require_finite(weights, folder):
             raise UserError(f"{name} is not finite: not saved; the last save of {folder} stays")
 
 
-def cannot_save(folder, error) -> UserError:
-    """What kept a save from being written: nearly always a full disk."""
-    reason = str(error).strip().split("\n")[0]
-    free = shutil.disk_usage(folder.parent).free / 1e9
-    return UserError(
-        f"{folder} could not be saved ({reason}; {free:.2f} GB free); the last save stays. "
-        "Free some disk, then the same command goes on"
-    )
-
-
 def peak_memory() -> int:
     """Bytes: of the GPU since the last call, else of this process since its start."""
     if torch.cuda.is_available():
@@ -369,15 +336,14 @@ def peak_memory() -> int:
 
 
 def choose_shown(episodes, seed) -> list[int]:
-    """The indices of SHOWN episodes of one random group, in turns from its two halves."""
+    """The indices of two episodes of one random group, one of each half where it has two."""
     rng = random.Random(seed)
     group = rng.choice(episodes).group
     members = [i for i, e in enumerate(episodes) if e.group == group]
     rng.shuffle(members)
     skill_half = [i for i in members if episodes[i].skills]
     plain_half = [i for i in members if not episodes[i].skills]
-    turns = [i for pair in zip_longest(skill_half, plain_half) for i in pair if i is not None]
-    return turns[:SHOWN]
+    return skill_half[:1] + plain_half[:1] if skill_half and plain_half else members[:2]
 
 
 def readable(episode, advantages, deltas) -> dict:
@@ -387,12 +353,7 @@ def readable(episode, advantages, deltas) -> dict:
         shown = {"saw": step.obs, "said": step.response, "did": step.action}
         shown |= {"reward": step.reward, "advantage": round(float(advantage), 4)}
         steps.append(shown | step.distilled)
-    return {
-        "item": episode.item,
-        "group": episode.group,
-        "task": episode.task,
-        "success": episode.success,
-        "delta": deltas.get(episode.group),
-        "skills": [f"when {condition}: {strategy}" for condition, strategy in episode.shown],
-        "steps": steps,
-    }
+    about = {"item": episode.item, "group": episode.group, "task": episode.task}
+    about |= {"success": episode.success, "delta": deltas.get(episode.group)}
+    skills = [f"when {condition}: {strategy}" for condition, strategy in episode.shown]
+    return about | {"skills": skills, "steps": steps}

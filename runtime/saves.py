@@ -36,16 +36,13 @@ def files_of(folder: Path) -> dict[str, list]:
 def flush(path):
     """Wait until a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def put(part: Path, folder: Path):
-    """Make the written folder `part` the save `folder`; what was there becomes `folder`.old.
-
-    Interrupted anywhere, a whole save stays: `folder`, or `folder`.old between the two renames.
+    """Make the written `part` the save `folder`; what was there becomes `folder`.old. Stopped
+    anywhere, a whole save stays: `folder`, or `folder`.old between the two renames.
     """
     (part / MANIFEST).write_text(json.dumps(files_of(part), indent=1), encoding="utf-8")
     for path in [*part.rglob("*"), part]:
@@ -81,26 +78,22 @@ def problem(folder: Path, only="") -> str:
 
 
 def find(root: Path, phase: str, set_aside=False) -> Path | None:
-    """The newest whole save of a phase, or None where it was never saved.
-
-    set_aside   move a damaged one to <phase>.damaged, so that the next save does not replace the
-                good one before it
-
-    UserError when there are saves, and all are damaged.
+    """The newest whole save of a phase, or None where it was never saved. UserError if all that
+    there are are damaged. With set_aside a damaged one is moved to <phase>.damaged, so that the
+    next save does not replace the good one before it.
     """
-    newest = root / phase
-    before = root / f"{phase}.old"
+    newest, before = root / phase, root / f"{phase}.old"
     problems = []
     for folder in (newest, before):
         if not folder.exists():
             continue
-        problems.append(problem(folder))
-        if problems[-1]:
+        if reason := problem(folder):
+            problems.append(reason)
             continue
         if folder == before:
-            reason = problems[0] if newest.exists() else f"{newest} is missing"
+            reason = problems[0] if problems else f"{newest} is missing"
             print(f"{reason}; the save before it, {before}, is used")
-            if newest.exists() and set_aside:
+            if problems and set_aside:
                 damaged = root / f"{phase}.damaged"
                 shutil.rmtree(damaged, ignore_errors=True)
                 newest.rename(damaged)

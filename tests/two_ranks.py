@@ -43,7 +43,7 @@ def main(source, target):
     state = parallel.full_tensors(policy.optimizer.state_dict())
     if parallel.rank() == 0:
         torch.save([metrics, gradients, weights, answers, state], target)
-    parallel.barrier()
+    parallel.all_gather([])  # rank 0 has written
     state = torch.load(target, weights_only=False)[-1]
     policy.optimizer = make_optimizer(model, config.lr, saved=state)
     update(policy, rows, config, 1, lambda_=0.1)

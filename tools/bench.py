@@ -4,25 +4,24 @@
     python -m tools.bench --preset alfworld-7b --model qwen2.5-7b-shape    # the 7B's shape on a GPU
     python -m tools.bench --out results/speed.jsonl                        # keep the lines
 
-| figure      | measures                                      | compared with                      |
-|-------------|-----------------------------------------------|------------------------------------|
-| rollout     | tokens/s of `generate`, the prompts of a real | `model.generate`, the same prompts |
-|             | rollout                                       |                                    |
-| decode      | ms a step with the whole batch                | reading weights and KV cache at    |
-|             |                                               | the speed of a copy                |
-| graph       | (GPU) that step, replayed as a CUDA graph     | the same step without a graph      |
-| update      | tokens/s of `update` on that rollout's rows   | the same rows, each padded to the  |
-|             |                                               | longest, logits at every position  |
-| memory_*    | (GPU) peak bytes of rollout and update        | what runtime/memory.py expects     |
+| figure      | measures                                  | compared with                          |
+|-------------|-------------------------------------------|----------------------------------------|
+| rollout     | tokens/s of `generate`, a rollout's       | `model.generate` on the same prompts   |
+|             | prompts                                   |                                        |
+| decode      | ms a step with the whole batch            | reading weights and cache like a copy  |
+| graph       | (GPU) that step as a CUDA graph           | the same step without a graph          |
+| update      | tokens/s of `update` on the rollout       | `padded_step` on the same rows         |
+| memory_*    | (GPU) peak bytes of rollout and update    | what runtime/memory.py expects         |
 
-With --prompt_tokens the prompts of the embedded data are repeated to the length of real ones.
-Random weights never end a response: each has --max_response_tokens tokens then.
+--prompt_tokens repeats the prompts of the embedded data to the length of real ones. Random weights
+never end a response: each has --max_response_tokens tokens then.
 """
 
 import json
 import time
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +33,12 @@ from runtime import memory
 from runtime.flags import parse_config
 from runtime.generation import Cache, eos_ids, generate, response_lengths
 from runtime.policy import Policy, load_policy, make_optimizer
-from runtime.run import append, list_items, run_script, set_up
+from runtime.run import append, list_items, peak_memory, run_script, set_up
 
 
 @dataclass
 class Bench:
-    prompt_tokens: int = flag(
-        0, "cut or repeat prompts to this length; 0: as they are", at_least=0, group="bench"
-    )
+    prompt_tokens: int = flag(0, "of each prompt, cut or repeated", at_least=0, group="bench")
     update_rows: int = flag(512, "rows of the update, at most", at_least=1)
     out: str = flag("", "append the JSON lines to this file too")
 
@@ -60,11 +57,10 @@ def figure(bench, name, value, unit, peer_name, peer, **more):
     report(bench, line | more)
 
 
-def peak_memory(bench, name, expected):
+def memory_figure(bench, name, expected):
     """Peak of the GPU's memory since the last call."""
     if torch.cuda.is_available():
-        figure(bench, name, torch.cuda.max_memory_allocated(), "bytes", "expected", expected)
-        torch.cuda.reset_peak_memory_stats()
+        figure(bench, name, peak_memory(), "bytes", "expected", expected)
 
 
 def seconds(run, device, repeat=3) -> float:
@@ -102,15 +98,14 @@ def bench_rollout(policy, config, bench, prompts):
     def ours():
         options = {"max_new_tokens": new, "temperature": 1.0, "rows": rows, "seed": 0}
         answers = generate(policy.model, policy.tokenizer, prompts, **options)
-        sampled["ours"] = sum(len(ids) for ids, _, _ in answers)
+        sampled[ours] = sum(len(ids) for ids, _, _ in answers)
 
     def theirs():
         batches = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
-        sampled["theirs"] = sum(hf_generate(policy, batch, new, ends) for batch in batches)
+        sampled[theirs] = sum(hf_generate(policy, batch, new, ends) for batch in batches)
 
-    spent, theirs_spent = (seconds(run, policy.model.device) for run in (ours, theirs))
-    speed, peer = sampled["ours"] / spent, sampled["theirs"] / theirs_spent
-    more = {"prompts": len(prompts), "response_tokens": sampled["ours"] / len(prompts)}
+    speed, peer = (1 / seconds(run, policy.model.device) * sampled[run] for run in (ours, theirs))
+    more = {"prompts": len(prompts), "response_tokens": sampled[ours] / len(prompts)}
     more["prompt_tokens"] = sum(map(len, prompts)) / len(prompts)
     figure(bench, "rollout", speed, "tokens/s", "hf_generate", peer, **more)
 
@@ -123,29 +118,24 @@ def bench_decode(policy, config, bench, prompts):
     def step_ms(graphs) -> float:
         cache = Cache(model, rows, max(map(len, prompts)) + new, graphs=graphs)
         options = {"temperature": 1.0, "seed": 0, "rows": rows, "stop": False, "cache": cache}
+        run = partial(generate, model, policy.tokenizer, prompts, **options)
+        first, every = (seconds(partial(run, max_new_tokens=n), model.device) for n in (1, new))
+        return 1e3 * (every - first) / (new - 1)
 
-        def decode(count):
-            generate(model, policy.tokenizer, prompts, max_new_tokens=count, **options)
-
-        first, all_of_them = (seconds(lambda n=n: decode(n), model.device) for n in (1, new))
-        return 1e3 * (all_of_them - first) / (new - 1)
-
-    a = torch.empty(1 << 26, device=model.device)
-    b = torch.empty_like(a)
-    bandwidth = 2 * 4 * len(a) / seconds(lambda: b.copy_(a), model.device)  # bytes/s
+    source, target = torch.empty(2, 1 << 26, device=model.device)
+    copied = 2 * source.nbytes / seconds(lambda: target.copy_(source), model.device)  # bytes/s
     size = next(model.parameters()).element_size()
     context = sum(map(len, prompts)) + rows * new / 2
     read = size * model.num_parameters() + memory.cache_bytes(model.config, size, context)
     step = step_ms(graphs=True)
-    figure(bench, "decode", step, "ms", "bandwidth_bound", 1e3 * read / bandwidth, rows=rows)
+    figure(bench, "decode", step, "ms", "bandwidth_bound", 1e3 * read / copied, rows=rows)
     if model.device.type == "cuda":
         figure(bench, "graph", step, "ms", "eager", step_ms(graphs=False))
 
 
 def padded_step(policy, rows, tokens_at_once):
     """The peer of the update: every row padded to the longest, float32 logits at every position."""
-    model = policy.model
-    model.train()
+    model = policy.model.train()
     tokens = sum(len(row.response_ids) for row in rows)
     width = max(map(len, rows))
     count = max(1, tokens_at_once // width)
@@ -177,7 +167,7 @@ def bench_update(policy, config, bench, steps):
     total, device = sum(map(len, rows)), policy.model.device
     ours = total / seconds(lambda: update(policy, rows, one_step, seed=0), device)
     parts = memory.parts(config) | {"KV cache": 0, "reference": 0}
-    peak_memory(bench, "memory_update", memory.situations(parts, config.offload)["update"])
+    memory_figure(bench, "memory_update", memory.situations(parts, config.offload)["update"])
     peer = total / seconds(lambda: padded_step(policy, rows, config.micro_tokens), device)
     more = {"rows": len(rows), "row_tokens": total / len(rows)}
     figure(bench, "update", ours, "tokens/s", "padded_full_logits", peer, **more)
@@ -201,7 +191,7 @@ def main():
         repeats = 1 + bench.prompt_tokens // len(step.prompt_ids)
         step.prompt_ids = (step.prompt_ids * repeats)[: bench.prompt_tokens]
     parts = memory.parts(short) | {"optimizer": 0, "reference": 0}  # neither is loaded yet
-    peak_memory(bench, "memory_rollout", memory.situations(parts, False)["rollout"])
+    memory_figure(bench, "memory_rollout", memory.situations(parts, False)["rollout"])
     prompts = [step.prompt_ids for step in steps]
     bench_rollout(policy, config, bench, prompts)
     bench_decode(policy, config, bench, prompts[: config.generation_rows])

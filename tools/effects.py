@@ -12,13 +12,14 @@ are played with the skill alone in the prompt and without any, by the policy tha
 | right    | share of its groups whose Delta_g had the sign of the effect (0 counts as no)         |
 
 Below: how often a verdict was right, active with an effect above --active_above, or retired with
-none. The early groups were played by earlier policies than the one measured.
+none. The early groups were played by earlier policies.
 """
 
-import argparse
 import math
 import random
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,11 @@ from skills import SkillBank
 
 def items_of(bucket, config, items, count) -> list[str]:
     """`count` items of a bucket, drawn at random."""
-    chosen = []
-    for item in random.Random(0).sample(items, len(items)):
-        if envs.make_env(config.env, item, config.engine).reset().task_type == bucket:
-            chosen.append(item)
-        if len(chosen) == count:
-            break
-    return chosen
+
+    def is_of_it(item) -> bool:
+        return envs.make_env(config.env, item, config.engine).reset().task_type == bucket
+
+    return list(islice(filter(is_of_it, random.Random(0).sample(items, len(items))), count))
 
 
 def successes(policy, config, items, skill=None) -> np.ndarray:
@@ -81,9 +80,7 @@ def measure(config, folder, count) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="tiny", help="name of a run that has mined")
     parser.add_argument("--episodes", type=int, default=60, help="with each skill, and without")
     args = parser.parse_args()

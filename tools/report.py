@@ -3,18 +3,15 @@
     python -m tools.report --run tiny                          # runs/tiny/plot.png and report.html
     python -m tools.report --run tiny --control tiny-control   # with GiGPO from the same warm-up
 
-Prints the evaluations of the run, and of its control's end, in one table, which is also written to
-table.json. The picture has four panels over the iterations: success of the plain and of the skill
-half, Delta_g, skills by status, and lambda with the share of gated tokens. The page adds every
-skill with its life, and some games side by side, with a skill in the prompt and without. Tokens
-that phase 2 distilled are marked, darker for a greater weight w.
-
-The page needs no network and runs no script; every text of a model or a world is escaped.
+Prints the evaluations of the run, and of its control's end, in one table, also as table.json. The
+page adds every skill with its life, and some games with a skill in the prompt and without. Tokens
+that phase 2 distilled are marked, darker for a greater weight w. The page needs no network and runs
+no script; every text of a model or a world is escaped.
 """
 
-import argparse
 import base64
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from html import escape
 from pathlib import Path
@@ -30,18 +27,12 @@ from runtime.flags import saved_flags
 from runtime.run import run_script
 from tools.study import BLUE, GRAY, GREEN, ORANGE, piped, save
 
-# --------------------------------------------------------------------------------------------------
-# The table
-# --------------------------------------------------------------------------------------------------
+# --- The table ------------------------------------------------------------------------------------
 
 SIRI = "SIRI, after distillation"
 CONTROL = "control: GiGPO alone"
-NAMES = {  # of checkpoints in the table
-    "init": "before training",
-    "warmup": "after warm-up",
-    "mine": "after mining",
-    "distill": SIRI,
-}
+NAMES = {"init": "before training", "warmup": "after warm-up", "mine": "after mining"}
+NAMES["distill"] = SIRI
 HEAD = ["checkpoint", "training episodes", "solved", "success (95% interval)"]
 
 
@@ -58,11 +49,11 @@ def evaluations(name, control="") -> list[dict]:
     for run in filter(None, (name, control)):
         logged = read_metrics(run)
         for checkpoint in NAMES if run == name else ["distill"]:
+            ends = [0] + [x["episodes_so_far"] for x in logged if x["phase"] == checkpoint]
             for path in sorted((Path("runs") / run).glob(f"eval-*-{checkpoint}-*T*.json")):
                 record = read_json(path)
                 label = NAMES[checkpoint] if run == name else CONTROL
                 label += ", skills in the prompt" if record["skills"] else ""
-                ends = [0] + [x["episodes_so_far"] for x in logged if x["phase"] == checkpoint]
                 panel = [record[key] for key in ("split", "digest", "temperature", "seed")]
                 row = {"name": label, "episodes": ends[-1], "panel": panel}
                 rows.append(row | record["results"]["all"])
@@ -78,9 +69,7 @@ def markdown_table(rows) -> str:
     return piped([HEAD, ["---"] * len(HEAD), *map(cells_of, rows)])
 
 
-# --------------------------------------------------------------------------------------------------
-# The picture
-# --------------------------------------------------------------------------------------------------
+# --- The picture ----------------------------------------------------------------------------------
 
 PHASES = {"warmup": "phase 0\nwarm-up", "mine": "phase 1\nmining"}
 PHASES["distill"] = "phase 2\ninternalization"
@@ -98,8 +87,7 @@ def edges_of(records) -> np.ndarray:
 def line_of(records, name) -> tuple:
     """(x, values): a metric in the middle of each iteration, NaN where it was not logged."""
     edges = edges_of(records)
-    values = [record.get(name) for record in records]
-    values = np.array([np.nan if value is None else value for value in values], float)
+    values = np.array([record.get(name) for record in records], float)
     return (edges[1:] + edges[:-1]) / 2, values
 
 
@@ -124,8 +112,10 @@ def draw(run, control=""):
         success.plot(x, smooth(values), color=color, label=f"{half} half")
     if control:
         x, values = line_of(read_metrics(control), "success_plain")
-        success.plot(x, smooth(values), "--", color=GRAY, label="control: GiGPO alone")
-    draw_evaluations(success, run, control, {"init": 0.0, **ends})
+        success.plot(x, smooth(values), "--", color=GRAY, label=CONTROL)
+    places = {NAMES[phase]: (end, "black") for phase, end in {"init": 0.0, **ends}.items()}
+    places[CONTROL] = (edges[-1], GRAY)
+    draw_evaluations(success, evaluations(run, control), places)
     success.set(ylabel="success", ylim=(-0.04, 1.04))
 
     x, values = line_of(records, "delta")
@@ -142,9 +132,8 @@ def draw(run, control=""):
     lambdas = weight.plot(*line_of(records, "lambda"), color=BLUE, label="λ(k)")
     x, values = line_of(records, "gated_share")
     shares = share.plot(x, values, color=ORANGE, label="gated share of the skill half's tokens")
-    weight.set(ylabel="λ", xlabel="iteration")
+    weight.set(ylabel="λ", xlabel="iteration", ylim=(0, None))
     share.set(ylabel="gated share", ylim=(0, None))
-    weight.set_ylim(0, None)
 
     success.legend(**BESIDE)
     skills.legend(**BESIDE)
@@ -164,29 +153,22 @@ def draw(run, control=""):
     return figure
 
 
-def draw_evaluations(axis, run, control, ends):
-    """Each checkpoint's plain evaluation where its phase ends, and the control's at the end."""
-    points = []  # (x, y, color, result)
-    for name, phases, color in ((run, ends, "black"), (control, ["distill"], GRAY)):
-        for phase in phases if name else ():
-            for path in sorted((Path("runs") / name).glob(f"eval-*-{phase}-T*.json")):
-                result = read_json(path)["results"]["all"]
-                points.append((ends.get(phase, 0.0), result["success"], color, result))
+def draw_evaluations(axis, rows, places):
+    """The evaluations of the plain prompt, at places: name -> (x, color)."""
+    points = [(*places[row["name"]], row["success"], row) for row in rows if row["name"] in places]
     label = "evaluation, 95%"
-    for x, y, color, result in points:
-        error = [[y - result["low"]], [result["high"] - y]]
+    for x, color, y, row in points:
+        error = [[y - row["low"]], [row["high"] - y]]
         look = {"fmt": "D", "color": color, "capsize": 3, "ms": 5, "zorder": 4}
         axis.errorbar([x], [y], yerr=error, label=label, **look)
         label = None  # one line in the legend is enough
-        below = any(other > y for at, other, *_ in points if at == x)
+        below = any(at == x and other > y for at, _, other, _ in points)
         place = {"xytext": (6, -14 if below else 5), "textcoords": "offset points", "zorder": 5}
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axis.annotate(f"{y:.2f}", (x, y), color=color, bbox=box, **place)
 
 
-# --------------------------------------------------------------------------------------------------
-# The page: each function returns HTML
-# --------------------------------------------------------------------------------------------------
+# --- The page: each function returns HTML ---------------------------------------------------------
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1100px; margin: 2rem auto;
@@ -214,44 +196,31 @@ def html_table(head, rows) -> str:
     return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-def life(deltas) -> str:
-    """Every Delta_g of a skill as a bar: up where the skill half did better."""
-    width = 6 * max(1, len(deltas))
-    bars = [f'<svg width="{width}" height="44" role="img" aria-label="Delta_g">']
-    bars.append(f'<line x1="0" y1="22" x2="{width}" y2="22" stroke="{GRAY}"/>')
-    for i, delta in enumerate(deltas):
-        height = max(1, 20 * abs(delta))
-        top = 22 - height if delta > 0 else 22
-        color = GREEN if delta > 0 else GRAY if delta == 0 else ORANGE
-        size = f'y="{top:.1f}" width="5" height="{height:.1f}"'
-        bars.append(f'<rect x="{6 * i}" {size} fill="{color}"/>')
-    return "".join([*bars, "</svg>"])
-
-
 def skill_lives(root) -> str:
-    folder = root / "distill" if (root / "distill/skills.jsonl").exists() else root / "mine"
-    skills = read_jsonl(folder / "skills.jsonl") if (folder / "skills.jsonl").exists() else []
+    """The last known skills of a run, each with every Delta_g."""
+    paths = [root / phase / "skills.jsonl" for phase in ("distill", "mine")]
+    skills = next((read_jsonl(path) for path in paths if path.exists()), [])
     rows = []
     for s in sorted(skills, key=lambda s: (s["status"], -s["utility"])):
         text = f"<b>When {escape(s['condition'])}:</b> {escape(s['strategy'])}"
         text += f"<br><small>{escape(s['bucket'])}, iteration {int(s['born'])}</small>"
-        numbers = [f"{s['utility']:.3f}", f"{s['n']:d}"]
-        rows.append([escape(s["status"]), text, *numbers, life(s["deltas"])])
+        life = " ".join(f"{delta:+.2f}" for delta in s["deltas"])
+        rows.append([escape(s["status"]), text, f"{s['utility']:.3f}", f"{s['n']:d}", life])
     head = ["status", "skill", "utility u", "evaluations", "every Δ_g"]
     return html_table(head, rows) if rows else "<p>No skills.</p>"
 
 
 def response(step) -> str:
     """What was said. What phase 2 distilled of it, near its end, is marked by its weight."""
-    said, distilled = step["said"], step.get("distilled", "")
-    weight = step.get("weight", 0)
-    start = said.rfind(distilled)
-    if weight <= 0 or not distilled or start < 0:
+    said, distilled, weight = step["said"], step.get("distilled"), step.get("weight", 0)
+    if weight <= 0 or not distilled or distilled not in said:
         return escape(said)
-    stop = start + len(distilled)
+    before, _, after = said.rpartition(distilled)
     shade = f"rgba(217, 130, 43, {0.15 + 0.6 * min(1.0, weight):.2f})"
-    marked = f'<mark style="background: {shade}" title="w = {weight:.2f}">'
-    return f"{escape(said[:start])}{marked}{escape(said[start:stop])}</mark>{escape(said[stop:])}"
+    marked = (
+        f'<mark style="background: {shade}" title="w = {weight:.2f}">{escape(distilled)}</mark>'
+    )
+    return f"{escape(before)}{marked}{escape(after)}"
 
 
 def episode(record) -> str:
@@ -266,21 +235,19 @@ def episode(record) -> str:
 
 
 def pairs(root, most=6) -> str:
-    """Up to `most` games, spread over the run, of which both halves were written out; those alone
-    in which the halves came out differently, if there are any.
-    """
+    """Up to `most` games with both halves, over the whole run; if any, those that differ."""
     found = defaultdict(dict)
     path = root / "episodes.jsonl"
     for record in read_jsonl(path) if path.exists() else ():
         key = (record["phase"], record["iteration"], record["group"])
         found[key][bool(record["skills"])] = record
-    games = [(*key[:2], x[True], x[False]) for key, x in found.items() if len(x) == 2]
-    games = [game for game in games if game[2]["success"] != game[3]["success"]] or games
+    games = [(x[True], x[False]) for x in found.values() if len(x) == 2]
+    games = [game for game in games if game[0]["success"] != game[1]["success"]] or games
     parts = []
     for i in range(min(most, len(games))):
-        phase, iteration, skill, plain = games[i * len(games) // min(most, len(games))]
+        skill, plain = games[i * len(games) // min(most, len(games))]
         effect = "" if skill["delta"] is None else f", Δ_g = {skill['delta']:+.2f}"
-        parts.append(f"<h3>{escape(phase)} {iteration}{effect}</h3>")
+        parts.append(f"<h3>{escape(skill['phase'])} {skill['iteration']}{effect}</h3>")
         parts.append(f"<p>{escape(skill['task'])}</p>")
         parts.append(f'<div class="pair">{episode(skill)}{episode(plain)}</div>')
     return "\n".join(parts) or "<p>No game of which both halves were written out.</p>"
@@ -290,15 +257,13 @@ def run_page(name, rows) -> str:
     """The page of a run that has been drawn."""
     root = Path("runs") / name
     image = base64.b64encode((root / "plot.png").read_bytes()).decode()
-    table = html_table(HEAD, [map(escape, cells_of(row)) for row in rows])
-    flags = json.dumps(saved_flags(root), indent=1)
     title = escape(f"SIRI run {name}")
     sections = {
-        "Evaluations": table,
+        "Evaluations": html_table(HEAD, [map(escape, cells_of(row)) for row in rows]),
         "Curves": f'<img alt="curves" src="data:image/png;base64,{image}">',
         "Skills and their lives": skill_lives(root),
         "The same game with the skill and without": pairs(root),
-        "Flags": f"<pre>{escape(flags)}</pre>",
+        "Flags": f"<pre>{escape(json.dumps(saved_flags(root), indent=1))}</pre>",
     }
     body = "\n".join(f"<h2>{head}</h2>\n{html}" for head, html in sections.items())
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
@@ -306,9 +271,7 @@ def run_page(name, rows) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="tiny", help="name of a run")
     parser.add_argument("--control", default="", help="name of its control, a run too")
     args = parser.parse_args()

@@ -3,11 +3,10 @@
     python -m tools.study run --name shop --variants siri,gigpo,no-gate --seeds 1,2,3 --jobs 2
     python -m tools.study table                # results/study.json -> study.md and study.png
 
-`run` trains and evaluates. Each seed has one run of `warmup.py`, a fork of it through `mine.py` for
-all variants that are alike in phase 1, and a fork of that through `distill.py` for each variant.
-The whole held-out split is played with the plain prompt after the warm-up, after mining and at
---points points of phase 2. A command whose evaluation is there is skipped, so the same line goes on
-where it was stopped. --jobs seeds run at once, each on one thread.
+Each seed has one run of `warmup.py`, a fork of it through `mine.py` for all variants that are alike
+in phase 1, and a fork of that through `distill.py` for each variant. The plain prompt is evaluated
+after the warm-up, after mining and at --points points of phase 2. A command whose evaluation is
+there is skipped, so the same line goes on where it was stopped. --jobs seeds run at once.
 
 The result joins the other studies in results/study.json, as name -> {title, variants, ...}:
 
@@ -18,17 +17,17 @@ The result joins the other studies in results/study.json, as name -> {title, var
     control    what the other variants are compared with, where it is not gigpo
     panel      whether the figure shows the study
 
-Each interval is Student's t, 95%, over the seeds' differences between a variant and the control. It
-speaks of other seeds on the same items. A single seed has no interval.
+Each interval is Student's t, 95%, over the seeds' differences to the control: it speaks of other
+seeds on the same items.
 """
 
-import argparse
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,34 +72,29 @@ def describe(variant) -> tuple[str, str, str]:
     return VARIANTS.get(variant, (f"without {name.replace('_', ' ')}", *flags))
 
 
-# --------------------------------------------------------------------------------------------------
-# Running
-# --------------------------------------------------------------------------------------------------
+# --- Running --------------------------------------------------------------------------------------
 
 
 def chain(args, variant, seed) -> list[dict]:
     """The stages of one variant and seed, in order: a command, then an evaluation."""
     _, both, later = describe(variant)
-    fresh = f"{args.flags} --seed {seed}"
     warm = f"{args.name}-warmup-s{seed}"
     mined = f"{args.name}-mine-{variant if both else 'siri'}-s{seed}"
-    own = f"{args.name}-{variant}-s{seed}"
+    fresh = f"{args.flags} --seed {seed}"
 
     def stage(run, phase, flags, iteration=None):
-        label = f"{phase}-{iteration}" if phase == "distill" else phase
-        out = f"runs/{run}/study-{label}.json"
+        point = f"-{iteration}" if phase == "distill" else ""
+        out = f"runs/{run}/study-{phase}{point}.json"
         return {"run": run, "phase": phase, "flags": flags, "iteration": iteration, "out": out}
 
-    start = stage(warm, "warmup", fresh)
-    before = f"--fork {warm}"
+    start, before = stage(warm, "warmup", fresh), f"--fork {warm}"
     if variant == "no-warmup":  # mine.py begins with the initial policy
-        start = stage(warm, "init", fresh)
-        before = fresh
+        start, before = stage(warm, "init", fresh), fresh
     last = args.mine_iterations
     stages = [start, stage(mined, "mine", f"{before} {both} --mine_iterations {last}", last)]
     for last in np.linspace(0, args.distill_iterations, args.points + 1)[1:].round().astype(int):
         flags = f"--fork {mined} {both} {later} --distill_iterations {last}"
-        stages.append(stage(own, "distill", flags, int(last)))
+        stages.append(stage(f"{args.name}-{variant}-s{seed}", "distill", flags, int(last)))
     return stages
 
 
@@ -118,29 +112,23 @@ def command(script, run, flags):
         raise UserError(f"{' '.join(line[1:])}: {last} (see {log})")
 
 
-def perform(args, stage):
-    """A stage, unless its evaluation is there. UserError if the run has gone on beyond it."""
-    run, phase, out = stage["run"], stage["phase"], Path(stage["out"])
-    if out.exists():
-        return
-    how = f"--checkpoint {phase} --eval_items {args.eval_items} --out {out}"
-    if phase == "init":  # there is no run yet whose flags the evaluation could take
-        how += f" {stage['flags']}"
-    else:
-        command(f"{phase}.py", run, stage["flags"])
-    command("evaluate.py", run, how)
-    reached = read_json(out)["iteration"]
-    if stage["iteration"] not in (None, reached):
-        out.unlink()
-        wanted = f"iteration {stage['iteration']} of {phase} was to be evaluated"
-        raise UserError(f"runs/{run}: {wanted}, but it is at {reached}; remove that folder")
-
-
 def run_seed(args, seed):
-    """Variant after variant; what they share is there when the second one comes to it."""
-    for variant in args.variants:
-        for stage in chain(args, variant, seed):
-            perform(args, stage)
+    """Every stage whose evaluation is not there. UserError if its run has gone on beyond it."""
+    for stage in [x for variant in args.variants for x in chain(args, variant, seed)]:
+        run, phase, out = stage["run"], stage["phase"], Path(stage["out"])
+        if out.exists():
+            continue
+        how = f"--checkpoint {phase} --eval_items {args.eval_items} --out {out}"
+        if phase == "init":  # there is no run yet whose flags the evaluation could take
+            how += f" {stage['flags']}"
+        else:
+            command(f"{phase}.py", run, stage["flags"])
+        command("evaluate.py", run, how)
+        reached = read_json(out)["iteration"]
+        if stage["iteration"] not in (None, reached):
+            out.unlink()
+            wanted = f"iteration {stage['iteration']} of {phase} was to be evaluated"
+            raise UserError(f"runs/{run}: {wanted}, but it is at {reached}; remove that folder")
 
 
 def remember(args):
@@ -166,34 +154,17 @@ def collect(args) -> dict:
             logs.append(read_jsonl(f"runs/{stages[-1]['run']}/metrics.jsonl"))
             points = variants[variant][seed] = []
             for stage in stages:
+                last = stage["iteration"] or float("inf")
+                before = [x for x in logs[-1] if x["phase"] == stage["phase"]]
+                counts = [x["episodes_so_far"] for x in before if x["iteration"] <= last]
                 items = read_json(stage["out"])["items"]
-                points.append([episodes_at(logs[-1], stage), sum(items.values()), len(items)])
+                points.append([max(counts, default=0), sum(items.values()), len(items)])
         explained[variant] = explain(logs)
     return {"variants": variants, "explained": explained}
 
 
-def episodes_at(log, stage) -> int:
-    """Episodes that a run had rolled out by the end of a stage."""
-    last = stage["iteration"] or float("inf")
-    lines = [x for x in log if x["phase"] == stage["phase"] and x["iteration"] <= last]
-    return lines[-1]["episodes_so_far"] if lines else 0
-
-
-EXPLAINED = {  # name in study.json: heading
-    "first_success": "plain success in the first iteration",
-    "first_contrast": "its groups with a contrast",
-    "active": "iterations with an active skill",
-    "no_contrast": "groups without a contrast",
-    "delta": "Delta_g",
-    "gated_share": "gated share",
-    "grad_norm_rl": "gradient of L_GiGPO",
-    "grad_norm_internalization": "gradient of L_int",
-    "grad_cosine": "their cosine",
-}
-
-
 def explain(logs) -> dict:
-    """EXPLAINED but for the gradients, which no run logs now: means over seeds and iterations."""
+    """What may explain a difference: means over the seeds, and the iterations of phases 1 and 2."""
     later = [line for log in logs for line in log if line["phase"] != "warmup"]
     values = {
         "first_success": [log[0]["success_plain"] for log in logs],
@@ -205,9 +176,7 @@ def explain(logs) -> dict:
     return {name: round(float(np.mean(found)), 5) for name, found in values.items() if found}
 
 
-# --------------------------------------------------------------------------------------------------
-# Statistics
-# --------------------------------------------------------------------------------------------------
+# --- Statistics -----------------------------------------------------------------------------------
 
 # Student's t, 97.5%, by degrees of freedom from 1 to 20; the last serves beyond, a little too wide
 T = """12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228
@@ -224,11 +193,11 @@ def interval(values) -> tuple[float, float] | None:
 
 
 def measures(curve) -> dict:
-    """Success of one seed after the warm-up, at the end, and its mean over the episodes between."""
+    """Episodes of one seed; success after the warm-up, at the end, its mean over those between."""
     episodes, solved, items = np.array(curve, float).T
     success = solved / items
-    area = np.trapezoid(success, episodes)
-    return {"warmup": success[0], "end": success[-1], "curve": area / (episodes[-1] - episodes[0])}
+    area = np.trapezoid(success, episodes) / (episodes[-1] - episodes[0])
+    return {"episodes": episodes[-1], "warmup": success[0], "end": success[-1], "curve": area}
 
 
 def differences(curves, control, measure) -> list[float]:
@@ -262,44 +231,43 @@ def variants_of(studies, name) -> dict:
     return pooled
 
 
-# --------------------------------------------------------------------------------------------------
-# Table and figure
-# --------------------------------------------------------------------------------------------------
+# --- Table and figure -----------------------------------------------------------------------------
 
 HEAD = ["study", "variant", "seeds", "episodes", "after warm-up", "at the end", "over the curve"]
 HEAD += ["difference over the curve, 95%", "ahead", "difference at the end, 95%", "ahead"]
+
+
+def summary(curves, control) -> dict:
+    """What `means` has of a variant, from its curves; gains are differences, one for each seed."""
+    found = [measures(curve) for curve in curves.values()]
+    known = {key: np.mean([x[key] for x in found]) for key in found[0]} | {"seeds": len(found)}
+    if control is not None and control is not curves:
+        known |= {f"{key}_gain": differences(curves, control, key) for key in ("curve", "end")}
+    return known
 
 
 def rows(studies, name) -> list[list[str]]:
     """A study's lines of the table, a variant each."""
     study = studies[name]
     if "means" in study:
-        return [means_row(study, *item) for item in study["means"].items()]
-    variants = variants_of(studies, name)
-    control = study.get("control", "gigpo")
+        known = {name: x | {"seeds": study["seeds"]} for name, x in study["means"].items()}
+    else:
+        variants = variants_of(studies, name)
+        control = variants.get(study.get("control", "gigpo"))
+        known = {variant: summary(curves, control) for variant, curves in variants.items()}
     lines = []
-    for variant, curves in variants.items():
-        found = [measures(curve) for curve in curves.values()]
-        episodes = np.mean([curve[-1][0] for curve in curves.values()])
-        line = [study["title"], describe(variant)[0], str(len(curves)), f"{episodes:.0f}"]
-        line += [f"{np.mean([x[key] for x in found]):.3f}" for key in ("warmup", "end", "curve")]
-        for measure in ("curve", "end"):
-            if variant == control or control not in variants:
-                line += ["", ""]
-                continue
-            gains = differences(curves, variants[control], measure)
-            line += [estimate(gains), f"{sum(gain > 0 for gain in gains)} of {len(gains)}"]
+    for variant, means in known.items():
+        line = [study["title"], describe(variant)[0], str(means["seeds"])]
+        line += [f"{means['episodes']:.0f}"]
+        line += [f"{means[key]:.3f}" for key in ("warmup", "end", "curve")]
+        for key in ("curve_gain", "end_gain"):
+            gain = means.get(key)
+            if isinstance(gain, list):
+                line += [estimate(gain), f"{sum(x > 0 for x in gain)} of {len(gain)}"]
+            else:
+                line += ["" if gain is None else f"{gain:+.3f} (no interval)", ""]
         lines.append(line)
     return lines
-
-
-def means_row(study, variant, known) -> list[str]:
-    line = [study["title"], describe(variant)[0], str(study["seeds"]), str(known["episodes"])]
-    line += [f"{known[key]:.3f}" for key in ("warmup", "end", "curve")]
-    for measure in ("curve", "end"):
-        gain = known.get(f"{measure}_gain")
-        line += ["" if gain is None else f"{gain:+.3f} (no interval)", ""]
-    return line
 
 
 def estimate(values) -> str:
@@ -319,12 +287,15 @@ def markdown(studies) -> str:
 
 
 def reasons(studies) -> str:
-    """The table of what explains them."""
-    lines = [["study", "variant", *EXPLAINED.values()], ["---"] * (2 + len(EXPLAINED))]
+    """The table of what may explain them, its columns as in the JSON."""
+    found = []  # (study, variant, values)
     for study in studies.values():
         for variant, values in study.get("explained", {}).items():
-            cells = [f"{values[key]:.3g}" if key in values else "" for key in EXPLAINED]
-            lines.append([study["title"], describe(variant)[0], *cells])
+            found.append((study["title"], describe(variant)[0], values))
+    columns = list(dict.fromkeys(key for *_, values in found for key in values))
+    lines = [["study", "variant", *columns], ["---"] * (2 + len(columns))]
+    for *names, values in found:
+        lines.append([*names, *(f"{values[x]:.3g}" if x in values else "" for x in columns)])
     return piped(lines)
 
 
@@ -334,13 +305,11 @@ def piped(lines) -> str:
 
 def replace_block(path, name, text):
     """Put `text` between <!-- name:begin --> and <!-- name:end --> of a page."""
-    page = Path(path).read_text()
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, _, rest = page.partition(begin)
-    _, found, after = rest.partition(end)
+    block = rf"(?<=<!-- {name}:begin -->\n).*?(?=\n<!-- {name}:end -->)"
+    page, found = re.subn(block, lambda _: text, Path(path).read_text(), flags=re.S)
     if not found:
-        raise UserError(f"{path}: no {begin} ... {end}")
-    write_atomically(path, f"{before}{begin}\n{text}\n{end}{after}")
+        raise UserError(f"{path}: no <!-- {name}:begin --> ... <!-- {name}:end -->")
+    write_atomically(path, page)
 
 
 def draw(studies, path):
@@ -376,10 +345,22 @@ def save(figure, path):
     plt.close(figure)
 
 
-def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def run_study(args) -> str:
+    remember(args)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda seed: run_seed(args, seed), args.seeds))
+    studies = read_json(RESULTS) if RESULTS.exists() else {}
+    study = {"title": args.title or args.name, "panel": True} | collect(args)
+    study["command"] = "python -m tools.study " + shlex.join(sys.argv[1:])
+    text = json.dumps(studies | {args.name: study}, indent=1)
+    curves = r"\[[\d\s,\[\]]+\]"  # each on one line
+    text = re.sub(curves, lambda curve: "".join(curve[0].split()), text)
+    write_atomically(RESULTS, text + "\n")
+    return f"{markdown({args.name: study})}\n\n{reasons({args.name: study})}"
+
+
+def main():
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("table", help="draw results/study.json again")
     run = commands.add_parser("run", help="train, evaluate, and add to results/study.json")
@@ -396,31 +377,11 @@ def parse():
     run.add_argument("--jobs", type=int, default=1, help="seeds at once")
     args = parser.parse_args()
     if args.command == "run":
-        args.variants, args.seeds = args.variants.split(","), args.seeds.split(",")
-        for variant in args.variants:
-            describe(variant)
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs}: must be 1 at least")
-    return args
-
-
-def run_study(args) -> str:
-    remember(args)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda seed: run_seed(args, seed), args.seeds))
-    studies = read_json(RESULTS) if RESULTS.exists() else {}
-    study = {"title": args.title or args.name, "panel": True} | collect(args)
-    study["command"] = "python -m tools.study " + shlex.join(sys.argv[1:])
-    text = json.dumps(studies | {args.name: study}, indent=1)
-    curves = r"\[[\d\s,\[\]]+\]"  # each on one line
-    text = re.sub(curves, lambda curve: "".join(curve[0].split()), text)
-    write_atomically(RESULTS, text + "\n")
-    return f"{markdown({args.name: study})}\n\n{reasons({args.name: study})}"
-
-
-def main():
-    args = parse()
-    if args.command == "run":
+        args.variants, args.seeds = args.variants.split(","), args.seeds.split(",")
+        for variant in args.variants:
+            describe(variant)  # a wrong one is to be known at once
         print(run_study(args))
     else:
         studies = read_json(RESULTS)
