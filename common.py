@@ -33,9 +33,7 @@ from worlds import Observation
 SUCCESS_REWARD = 10.0  # of the step that solves the task; every other step gets 0
 GRAD_CLIP = 1.0  # largest norm of the gradient
 
-# --------------------------------------------------------------------------------------------------
-# Credit: which step of which episode was better than its peers
-# --------------------------------------------------------------------------------------------------
+# --- Credit: which step of which episode was better than its peers --------------------------------
 
 
 def gigpo_advantages(
@@ -113,9 +111,7 @@ def relative(value, peers, normalize_std):
     return (value - mean) / (std + 1e-6) if normalize_std else value - mean
 
 
-# --------------------------------------------------------------------------------------------------
-# Losses: pure functions of token tensors
-# --------------------------------------------------------------------------------------------------
+# --- Losses: pure functions of token tensors ------------------------------------------------------
 # Each is a sum over its tokens, divided by `tokens`: how many there are in the whole mini-batch, of
 # which the tensors hold a part. So the gradient does not depend on how the rows are cut. Without
 # `tokens` the tensors are the whole.
@@ -164,9 +160,7 @@ def internalization_loss(logprobs, weights, gate, *, tokens=None) -> torch.Tenso
     return -token_mean(weights[:, None] * logprobs, gate, tokens)
 
 
-# --------------------------------------------------------------------------------------------------
-# Rollout
-# --------------------------------------------------------------------------------------------------
+# --- Rollout --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -377,9 +371,7 @@ def episode_advantages(episodes, config) -> list[np.ndarray]:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# Training rows
-# --------------------------------------------------------------------------------------------------
+# --- Training rows --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -495,9 +487,7 @@ def micro_batches(rows, max_tokens) -> list[list[Row]]:
     return own + [[NOTHING]] * (max(map(len, lists)) - len(own))
 
 
-# --------------------------------------------------------------------------------------------------
-# Update
-# --------------------------------------------------------------------------------------------------
+# --- Update ---------------------------------------------------------------------------------------
 
 
 def token_logprobs(model, ids, response_mask, temperature=1.0, entropy=True) -> tuple:

@@ -47,9 +47,7 @@ TASK_TYPES = {  # folder prefix -> the short name used in tables and as the buck
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading a game file
-# --------------------------------------------------------------------------------------------------
+# --- Reading a game file --------------------------------------------------------------------------
 
 # The engine below is the meaning of one PDDL domain and one text grammar. A file with any other is
 # refused, because we would play it wrongly, and the stock package would run what it contains. These
@@ -246,9 +244,7 @@ def readable_names(ids) -> dict:
     return names
 
 
-# --------------------------------------------------------------------------------------------------
-# Playing
-# --------------------------------------------------------------------------------------------------
+# --- Playing --------------------------------------------------------------------------------------
 
 
 CHANGES = {  # verb: its sentence, the trait its object gains, the trait it loses
@@ -468,9 +464,7 @@ class TextWorldGame:
         return self.observe(state, state.feedback), float(score), done, info
 
 
-# --------------------------------------------------------------------------------------------------
-# What envs.py calls
-# --------------------------------------------------------------------------------------------------
+# --- What envs.py calls ---------------------------------------------------------------------------
 
 
 def open_item(item: str, engine: str = "fast"):

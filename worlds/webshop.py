@@ -63,9 +63,7 @@ FORMAT = 4  # raise it when what is cached changes
 ASIN = re.compile(r"[0-9A-Z]{1,10}")  # the id of a product
 STALE = 3600  # seconds after which the unfinished cache of another process counts as abandoned
 
-# --------------------------------------------------------------------------------------------------
-# Search: Lucene's EnglishAnalyzer and BM25
-# --------------------------------------------------------------------------------------------------
+# --- Search: Lucene's EnglishAnalyzer and BM25 ----------------------------------------------------
 
 # A token by the Unicode word-break rules, as Lucene's StandardTokenizer keeps it: letters, digits
 # and underscores run together; ' and . between letters and ' . , ; between digits do not break it.
@@ -181,9 +179,7 @@ class Index:
         return found[np.lexsort((self.rank[found], -scores[found]))][:k].tolist()
 
 
-# --------------------------------------------------------------------------------------------------
-# Catalogue and goals
-# --------------------------------------------------------------------------------------------------
+# --- Catalogue and goals --------------------------------------------------------------------------
 
 
 def find_file(folder, pattern) -> Path:
@@ -520,9 +516,7 @@ def load_catalogue(folder) -> Catalogue:
     return Catalogue(cache)
 
 
-# --------------------------------------------------------------------------------------------------
-# Reward
-# --------------------------------------------------------------------------------------------------
+# --- Reward ---------------------------------------------------------------------------------------
 
 COLORS = (  # in the original's order: the first one contained in a value replaces it
     "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown "
@@ -607,9 +601,7 @@ def reward(product: dict, goal: dict, price: float, chosen: dict) -> float:
     return total / (len(goal["attributes"]) + len(options) + 1) * r_type
 
 
-# --------------------------------------------------------------------------------------------------
-# Pages and actions
-# --------------------------------------------------------------------------------------------------
+# --- Pages and actions ----------------------------------------------------------------------------
 
 BACK = "Back to Search"
 PREV = "< Prev"
@@ -748,9 +740,7 @@ DONE_PAGE = (
 )
 
 
-# --------------------------------------------------------------------------------------------------
-# What envs.py calls
-# --------------------------------------------------------------------------------------------------
+# --- What envs.py calls ---------------------------------------------------------------------------
 
 
 def open_item(item, engine: str = "fast") -> WebShop:
