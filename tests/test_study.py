@@ -118,10 +118,6 @@ def test_no_interval_is_printed_where_there_is_none():
     assert study.rows({"s": {"title": "t", "variants": one}}, "s")[1][9] == "+0.200 (one seed)"
     alike = study.rows({"s": {"title": "t", "variants": two_seeds(0)}}, "s")
     assert alike[1][9:] == ["+0.000 (in every seed)", "0 of 2"]
-    known = {"episodes": 9, "warmup": 0.1, "end": 0.25, "curve": 0.2, "end_gain": 0.05}
-    lost = study.rows({"s": {"title": "t", "seeds": 5, "means": {"siri": known}}}, "s")
-    assert lost[0][2:8] == ["5", "9", "0.100", "0.250", "0.200", ""]
-    assert lost[0][9] == "+0.050 (no interval)"
 
 
 # --- what is run ----------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ The result joins the other studies in results/study.json, as name -> {title, var
 
     variants   variant -> seed -> [[episodes, solved, items], ...], a point for each evaluation
     pools      instead: studies whose seeds are taken together; `only` some of their variants
-    means      instead: what is known where the seeds are lost
     explained  variant -> means over the seeds and the iterations of phases 1 and 2
     control    what the other variants are compared with, where it is not gigpo
     panel      whether the figure shows the study
@@ -237,35 +236,23 @@ HEAD = ["study", "variant", "seeds", "episodes", "after warm-up", "at the end", 
 HEAD += ["difference over the curve, 95%", "ahead", "difference at the end, 95%", "ahead"]
 
 
-def summary(curves, control) -> dict:
-    """What `means` has of a variant, from its curves; gains are differences, one for each seed."""
-    found = [measures(curve) for curve in curves.values()]
-    known = {key: np.mean([x[key] for x in found]) for key in found[0]} | {"seeds": len(found)}
-    if control is not None and control is not curves:
-        known |= {f"{key}_gain": differences(curves, control, key) for key in ("curve", "end")}
-    return known
-
-
 def rows(studies, name) -> list[list[str]]:
     """A study's lines of the table, a variant each."""
     study = studies[name]
-    if "means" in study:
-        known = {name: x | {"seeds": study["seeds"]} for name, x in study["means"].items()}
-    else:
-        variants = variants_of(studies, name)
-        control = variants.get(study.get("control", "gigpo"))
-        known = {variant: summary(curves, control) for variant, curves in variants.items()}
+    variants = variants_of(studies, name)
+    control = study.get("control", "gigpo")
     lines = []
-    for variant, means in known.items():
-        line = [study["title"], describe(variant)[0], str(means["seeds"])]
-        line += [f"{means['episodes']:.0f}"]
+    for variant, curves in variants.items():
+        found = [measures(curve) for curve in curves.values()]
+        means = {key: np.mean([x[key] for x in found]) for key in found[0]}
+        line = [study["title"], describe(variant)[0], str(len(found)), f"{means['episodes']:.0f}"]
         line += [f"{means[key]:.3f}" for key in ("warmup", "end", "curve")]
-        for key in ("curve_gain", "end_gain"):
-            gain = means.get(key)
-            if isinstance(gain, list):
-                line += [estimate(gain), f"{sum(x > 0 for x in gain)} of {len(gain)}"]
+        for key in ("curve", "end"):
+            if variant == control or control not in variants:
+                line += ["", ""]
             else:
-                line += ["" if gain is None else f"{gain:+.3f} (no interval)", ""]
+                gains = differences(curves, variants[control], key)
+                line += [estimate(gains), f"{sum(gain > 0 for gain in gains)} of {len(gains)}"]
         lines.append(line)
     return lines
 

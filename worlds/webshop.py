@@ -327,7 +327,6 @@ def write_cache(folder, part):
     offsets = [0]
     prices = {}  # id -> [price] or [lowest, highest]
     counts = []  # of each product: synthetic goals, None without an instruction, and human goals
-    uses = Counter()  # attribute -> goals that have it
     path = part / "products.jsonl"
     source = find_file(folder, "items_shuffle*.json")
     with open(path, "wb") as file:
@@ -350,12 +349,10 @@ def write_cache(folder, part):
             n_synthetic = None
             if product["instruction"] is not None:
                 n_synthetic = math.prod(map(len, product["options"].values()))
-                for attribute in product["instruction_attributes"]:
-                    uses[attribute] += n_synthetic
             counts.append((n_synthetic, len(product["human"])))
     ids = list(prices)
     drawn = draw_prices(prices.values(), counts)
-    table = {"ids": ids, **drawn, "counts": counts, "uses": uses}
+    table = {"ids": ids, **drawn, "counts": counts}
     (part / "table.json").write_text(json.dumps(table))
     np.save(part / "offsets.npy", np.array(offsets))
     with open(path, "rb") as file:
@@ -405,7 +402,6 @@ class Catalogue:
         self.limits = table["limits"]
         self.human_limits = table["human_limits"]
         self.counts = table["counts"]  # (synthetic goals or None, human goals)
-        self.uses = table["uses"]
         self.number = {asin: i for i, asin in enumerate(self.ids)}
         self.index = Index(cache)
         self.offsets = np.load(cache / "offsets.npy")
@@ -471,7 +467,6 @@ class Catalogue:
             text, attributes, options = product["human"][int(k)]
             text = text.strip(".")
             limit = self.human_limits[number][int(k)]
-            weight = 1
         else:
             text = product["instruction"]
             attributes = product["instruction_attributes"]
@@ -481,7 +476,6 @@ class Catalogue:
             if options:
                 text += " with " + ", and ".join(f"{k}: {v}" for k, v in options.items())
             limit = self.limits[number]
-            weight = sum(1 / self.uses[a] for a in attributes) / max(1, len(attributes))
         if limit:
             text += f", and price lower than {limit:.2f} dollars"
         return {
@@ -494,7 +488,6 @@ class Catalogue:
             "attributes": attributes,
             "price_upper": limit or 1000000,
             "goal_options": options,
-            "weight": weight,  # of the original's draw; the phases draw uniformly, as verl-agent
         }
 
 
