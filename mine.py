@@ -33,7 +33,8 @@ from common import (
 from envs import build_mining_prompt
 from runtime.flags import parse_config
 from runtime.metrics import halves, rollout_metrics
-from runtime.miner import ask_endpoint, is_endpoint, load_miner
+from runtime.miner import ask_endpoint
+from runtime.policy import Policy, load_policy
 from runtime.run import Run, run_script
 from skills import SkillBank, group_deltas, parse_skill, plain_successes
 
@@ -79,10 +80,11 @@ def summary_prompt(episode, bank, config) -> str:
 
 def write_summaries(prompts, policy, config, seed) -> list[str]:
     """Prompts -> texts, by the current policy (nothing trains while it writes) or by --miner."""
-    if is_endpoint(config.miner):
+    if config.miner.startswith(("http://", "https://")):
         return ask_endpoint(prompts, config, seed)
-    writer = load_miner(config, policy.model.device) if config.miner else policy
-    return sample_texts(writer, config, prompts, seed)
+    if config.miner:  # another model, for this round
+        policy = Policy(*load_policy(config.miner, config, policy.model.device, trainable=False))
+    return sample_texts(policy, config, prompts, seed)
 
 
 def main():

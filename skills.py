@@ -136,7 +136,9 @@ class SkillBank:
             others = [[s for s in living if s.bucket != skill.bucket] for skill in skills]
             skills = [max(found, key=self.value) for found in others if found]
         if show == "neutral":  # as many words, so that length and place alone are left
-            return [(s.condition, neutral_words(len(s.strategy.split()))) for s in skills]
+            counts = [len(s.strategy.split()) for s in skills]
+            words = [" ".join(islice(cycle(NEUTRAL), count)) for count in counts]
+            return [(s.condition, text) for s, text in zip(skills, words, strict=True)]
         return [(s.condition, s.strategy) for s in skills]
 
     def update(self, skill: Skill, delta: float):
@@ -189,10 +191,6 @@ class SkillBank:
             return cls(config, [Skill(**record) for record in read_jsonl(path)])
         except TypeError as error:
             raise UserError(f"{path}: not the skills of this version ({error})") from None
-
-
-def neutral_words(count) -> str:
-    return " ".join(islice(cycle(NEUTRAL), count))
 
 
 def parse_skill(text: str) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""Skills written by another model than the policy (--miner): a model folder, or an endpoint."""
+"""Skills written by an endpoint (--miner), instead of the policy."""
 
 import os
 
@@ -7,19 +7,9 @@ from tqdm import tqdm
 
 from config import UserError
 from runtime import parallel
-from runtime.policy import Policy, load_policy
 
 PATIENCE = 3  # requests in a row without an answer, after which the rest of a round is not asked
 TIMEOUT = 60.0  # seconds to wait for an answer
-
-
-def is_endpoint(miner: str) -> bool:
-    return miner.startswith(("http://", "https://"))
-
-
-def load_miner(config, device) -> Policy:
-    """The model of --miner, for one round; it is not trained."""
-    return Policy(*load_policy(config.miner, config, device, trainable=False))
 
 
 def ask_endpoint(prompts, config, seed) -> list[str]:
