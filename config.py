@@ -70,7 +70,9 @@ class Config:
         fixed=True,
         choices=("fast", "textworld", "textworld-trusted"),
     )
-    data: str = flag("", "empty: $ALFWORLD_DATA (~/.cache/alfworld), $WEBSHOP_DATA", fixed=True)
+    data: str = flag(
+        "", "folder, else $ALFWORLD_DATA (~/.cache/alfworld), $WEBSHOP_DATA", fixed=True
+    )
     split: str = flag("train", "of the tasks; WebShop's also train:human, train:verl", fixed=True)
     max_steps: int = flag(50, "an episode ends, unsolved, after this many steps", at_least=1)
     history: int = flag(2, "past steps that a prompt repeats", fixed=True, at_least=0)
