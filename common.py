@@ -261,6 +261,7 @@ def play(policy, config, episodes, temperature, seed, desc) -> list[Episode]:
     """The same episodes, played: per turn the prompts, the responses, a step of each game."""
     rows = min(config.generation_rows, len(episodes))
     cache = Cache(policy.model, rows, config.max_prompt_tokens + config.max_response_tokens)
+    sampling = {"temperature": temperature, "max_new_tokens": config.max_response_tokens}
     fallback_chars = envs.world(config.env).FALLBACK_CHARS
     start = time.time()
     tokens = 0
@@ -271,15 +272,10 @@ def play(policy, config, episodes, temperature, seed, desc) -> list[Episode]:
             if not running:
                 break
             prompts = fit_prompts(policy.tokenizer, config, running)
+            shown = [prompt_ids for _, prompt_ids in prompts]
+            sampling["seed"] = parallel.own_seed(1000 * seed + t)
             answers = generate(
-                policy.model,
-                policy.tokenizer,
-                [prompt_ids for _, prompt_ids in prompts],
-                temperature=temperature,
-                max_new_tokens=config.max_response_tokens,
-                rows=rows,
-                cache=cache,
-                seed=parallel.own_seed(1000 * seed + t),
+                policy.model, policy.tokenizer, shown, rows=rows, cache=cache, **sampling
             )
             for episode, (plain_ids, prompt_ids), (response_ids, logprobs, response) in zip(
                 running, prompts, answers, strict=True
@@ -537,13 +533,9 @@ def objective(batch, logprobs, entropies, rl_tokens, gated_tokens, config, lambd
     gated_tokens  gated tokens of its internalization rows
     """
     rl_mask = batch["rl_mask"]  # [B, L]
+    old, advantages = batch["old_logprobs"], batch["advantages"][:, None]  # [B, L], [B, 1]
     policy_loss = clipped_policy_loss(
-        logprobs,
-        batch["old_logprobs"],
-        batch["advantages"][:, None],
-        rl_mask,
-        clip=config.clip,
-        tokens=rl_tokens,
+        logprobs, old, advantages, rl_mask, clip=config.clip, tokens=rl_tokens
     )
     entropy = token_mean(entropies, rl_mask, rl_tokens)
     internal = internalization_loss(logprobs, batch["weights"], batch["gate"], tokens=gated_tokens)
