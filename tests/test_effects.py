@@ -6,7 +6,7 @@ from config import Config
 from skills import Skill, SkillBank
 from tools import effects
 
-LINE = "verdicts right: 3 of 5\ngroups whose Delta_g had the sign of the effect: 1 of 4"
+LINE = "verdicts right: 3 of 5\ngroups whose Delta_g had the sign of the effect: 1 of 7"
 
 
 def test_an_effect_is_success_with_the_skill_minus_without(monkeypatch, tmp_path):
@@ -14,11 +14,11 @@ def test_an_effect_is_success_with_the_skill_minus_without(monkeypatch, tmp_path
     config = Config(n_eval=1)
     skills = [
         Skill("c", "good", "b", status="active", n=2, deltas=[0.5, -0.5]),
-        Skill("c", "good", "b", status="retired", n=1),  # wrongly
+        Skill("c", "good", "b", status="retired", n=1, deltas=[0.0]),  # wrongly
         Skill("c", "bad", "b", status="active", n=1, deltas=[0.5]),  # wrongly
         Skill("c", "bad", "b", status="retired", n=1, deltas=[-0.5]),
-        Skill("c", "good", "b", status="active", n=1),
-        Skill("c", "good", "b", status="candidate", n=1),  # no verdict
+        Skill("c", "good", "b", status="active", n=1, deltas=[0.0]),
+        Skill("c", "good", "b", status="candidate", n=1, deltas=[0.0]),  # no verdict
         Skill("c", "untried", "b", n=0),
     ]
     monkeypatch.setattr(SkillBank, "load", lambda *args: SkillBank(config, skills))
