@@ -52,7 +52,7 @@ TASK_TYPES = {  # folder prefix -> the short name used in tables and as the buck
 # The engine below is the meaning of one PDDL domain and one text grammar. A file with any other is
 # refused, because we would play it wrongly, and the stock package would run what it contains. These
 # are digests without PDDL comments, blanks and the task: first of the games of json_2.1.1 (all
-# 3,693 have the same), then of the texts in the alfworld 0.4 package, which worlds/household.py uses.
+# 3,693 have the same), then of the alfworld 0.4 package, which worlds/household.py uses.
 KNOWN_DOMAINS = {  # digest -> the receptacle types that clean, the only difference between the two
     "19173ff725cec7a19423ce0f88d59f3a": {"sinktype", "sinkbasintype"},
     "6cbbf3d0d19be02716db87fd6ef0fe64": {"sinkbasintype"},
