@@ -44,6 +44,9 @@ def parse_config(phase: str, doc: str, extra=None):
     check_name("fork", fork or run)
     if fork and (phase == "warmup" or run == fork):
         raise UserError(f"--fork {fork}: for mine.py and distill.py, with another --run")
+    before = Path("runs") / run / {"mine": "warmup", "distill": "mine"}.get(phase, "")
+    if fork and before.name != run and before.exists():
+        raise UserError(f"--fork {fork}: {run} has its own {before.name}; use another --run")
     saved = saved_flags(Path("runs") / run) if phase != "warmup" else {}
     if fork and not saved:
         saved = saved_flags(Path("runs") / fork)

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from transformers import set_seed
 
 import envs
-from config import PHASES, Config, UserError, read_json, read_jsonl, write_atomically
+from config import PHASES, Config, UserError, read_jsonl, write_atomically
 from runtime import memory, parallel, saves
-from runtime.flags import other_value
+from runtime.flags import known_flags, other_value
 from runtime.policy import Policy, load_policy, load_reference, make_optimizer
 from skills import group_deltas
 
@@ -161,7 +161,7 @@ class Run:
 
     def check_flags(self):
         """UserError where this phase was begun with another value of a flag that is not free."""
-        saved = read_json(self.source / "config.json")
+        saved = known_flags(self.source / "config.json")
         for f in fields(self.config):
             value = getattr(self.config, f.name)
             if not f.metadata["free"] and saved.get(f.name) != value:

@@ -112,6 +112,13 @@ def test_a_fork_goes_on_from_another_runs_warm_up_and_counts_its_episodes(begun,
     assert not Path("runs/t/mine").exists()
 
 
+def test_a_fork_does_not_silently_go_on_from_the_runs_own_phase(begun, monkeypatch):
+    """A control could be no control: the run had a warm-up of its own."""
+    call(monkeypatch, warmup, f"{begun} --warmup_iterations 1".replace("--run t", "--run u"))
+    with pytest.raises(UserError, match="--fork t: u has its own warmup; use another --run"):
+        call(monkeypatch, mine, "--run u --fork t --mine_iterations 1")
+
+
 def test_a_saved_state_is_read_on_any_device_and_runs_no_code(begun, monkeypatch):
     seen = {}
     load = torch.load
