@@ -262,6 +262,7 @@ def play(policy, config, episodes, temperature, seed, desc) -> list[Episode]:
     rows = min(config.generation_rows, len(episodes))
     cache = Cache(policy.model, rows, config.max_prompt_tokens + config.max_response_tokens)
     sampling = {"temperature": temperature, "max_new_tokens": config.max_response_tokens}
+    sampling |= {"rows": rows, "cache": cache}
     fallback_chars = envs.world(config.env).FALLBACK_CHARS
     start = time.time()
     tokens = 0
@@ -272,11 +273,9 @@ def play(policy, config, episodes, temperature, seed, desc) -> list[Episode]:
             if not running:
                 break
             prompts = fit_prompts(policy.tokenizer, config, running)
-            shown = [prompt_ids for _, prompt_ids in prompts]
-            sampling["seed"] = parallel.own_seed(1000 * seed + t)
-            answers = generate(
-                policy.model, policy.tokenizer, shown, rows=rows, cache=cache, **sampling
-            )
+            own = [prompt_ids for _, prompt_ids in prompts]
+            own_seed = parallel.own_seed(1000 * seed + t)
+            answers = generate(policy.model, policy.tokenizer, own, seed=own_seed, **sampling)
             for episode, (plain_ids, prompt_ids), (response_ids, logprobs, response) in zip(
                 running, prompts, answers, strict=True
             ):

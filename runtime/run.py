@@ -164,8 +164,8 @@ class Run:
         saved = known_flags(self.source / "config.json")
         for f in fields(self.config):
             value = getattr(self.config, f.name)
-            if not f.metadata["free"] and saved.get(f.name) != value:
-                raise other_value(self.source, f.name, saved.get(f.name), value)
+            if not f.metadata["free"] and saved[f.name] != value:
+                raise other_value(self.source, f.name, saved[f.name], value)
 
     # ---- iterations
 
