@@ -5,6 +5,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -21,6 +22,9 @@ SHARED = ROOT.parent / "shared" / "data"
 # the models are so small that two threads mostly wait for each other, and for other processes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# the same examples on every machine, however slow it is
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ import torch
 from conftest import ROOT, as_rows
 
 import envs
-import evaluate
 from common import open_groups, rollout, update
 from config import UserError
 from runtime import guard, saves
@@ -247,47 +246,6 @@ def test_a_run_goes_on_while_half_of_the_worlds_can_be_played(policy, config, mo
     broken_world(monkeypatch, items[:1], 1)
     groups = open_groups(items, config, members=2)
     assert len(rollout(policy, config, groups, seed=0)) == 2
-
-
-def test_an_evaluation_never_leaves_an_item_out(policy, config, monkeypatch):
-    items = envs.list_items("alfworld", "train", config.data)[:3]
-    broken_world(monkeypatch, items[:1], 1)
-    with pytest.raises(UserError, match="some items cannot be played"):
-        evaluate.evaluate(policy, config, items, 0.4, 0)
-
-
-def test_an_interrupted_evaluation_plays_only_what_is_missing(
-    policy, config, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(evaluate, "WAVE", 2)
-    items = envs.list_items("alfworld", "train", config.data)[:6]
-    straight = evaluate.evaluate(policy, config, items, 0.4, 0)
-    done = tmp_path / "waves"
-    original = evaluate.rollout
-    waves = []
-
-    def stop_at_third(*args, **options):
-        waves.append(1)
-        if len(waves) == 3:
-            raise KeyboardInterrupt
-        return original(*args, **options)
-
-    monkeypatch.setattr(evaluate, "rollout", stop_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate(policy, config, items, 0.4, 0, done=done)
-    lines = done.read_text()
-    assert len(lines.splitlines()) == 4
-    for left in ('{"item": "half a li', lines.split("\n")[0] + "\n"):  # the disk was full
-        done.write_text(lines + left)
-        waves[:] = [1, 1]
-        with pytest.raises(KeyboardInterrupt):
-            evaluate.evaluate(policy, config, items, 0.4, 0, done=done)
-        assert done.read_text() == lines
-    assert evaluate.evaluate(policy, config, items, 0.4, 0, done=done) == straight
-    assert len(waves) == 4  # one more
-    done.write_text("".join(line + "\n" for line in lines.splitlines()[::-1]))
-    assert evaluate.evaluate(policy, config, items, 0.4, 0, done=done) == straight
-    assert len(waves) == 7  # it was not of these items in this order
 
 
 # --- files that are not what they should be -------------------------------------------------------

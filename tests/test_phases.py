@@ -17,7 +17,6 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 import distill
-import envs
 import evaluate
 import mine
 import warmup
@@ -86,39 +85,6 @@ def test_all_phases_end_to_end_and_their_files(household):
     assert {"saw", "said", "did", "reward"} <= set(episode["steps"][0])
     for script in ("mine", "distill", "evaluate"):
         assert f"python {script}.py --run t" in said
-
-
-def test_evaluation_plays_every_item_once_plain_and_with_skills(finished, games):
-    for extra in ("--checkpoint distill", "--checkpoint mine --skills", "--checkpoint init"):
-        call(evaluate, f"--run t {extra}")
-    (path,) = finished.glob("eval-valid_seen-distill*.json")
-    record = json.loads(path.read_text())
-    items = (games / "json_2.1.1" / "valid_seen").rglob("*.tw-pddl")
-    assert sorted(record["items"]) == sorted(map(str, items))
-    results = record["results"]
-    assert results["all"]["n"] == 12
-    assert sum(r["n"] for name, r in results.items() if name != "all") == 12
-    (path,) = finished.glob("eval-valid_seen-mine-skills*.json")
-    assert json.loads(path.read_text())["skills"] is True
-
-
-def test_evaluation_does_not_count_as_a_try_and_uses_active_skills_alone(config, monkeypatch):
-    bank = SkillBank(config)
-    for kind in alfworld.TASK_TYPES.values():
-        bank.skills += [Skill("c", "1", kind), Skill("c", "2", kind, status="active")]
-    played = []
-
-    def play(policy, config, groups, seed, **options):
-        played.extend(groups)
-        return [episode for group in groups for episode in group]
-
-    monkeypatch.setattr(evaluate, "rollout", play)
-    items = envs.list_items("alfworld", "train", config.data)
-    evaluate.evaluate(None, config, items, 0.4, 0, bank)
-    assert len(played) == 12 and all(len(group) == 1 for group in played)
-    assert all(skill.status == "active" for (e,) in played for skill in e.skills)
-    assert all(e.skills for (e,) in played)
-    assert not any(skill.retrieved for skill in bank.skills)
 
 
 def test_all_phases_end_to_end_in_the_embedded_shop_with_internalization(
@@ -574,37 +540,3 @@ def test_out_of_memory_is_one_line_that_names_the_flags_to_lower(capsys):
         run_script(main)
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and "lower --micro_tokens (update) or --generation_rows" in line
-
-
-# --- evaluation -----------------------------------------------------------------------------------
-
-
-def test_wilson_interval():
-    low, high = evaluate.wilson(119, 128)
-    assert (round(low, 3), round(high, 3)) == (0.872, 0.963)
-    assert evaluate.wilson(0, 0) == (0.0, 1.0)
-
-
-def test_the_table_counts_each_episode_in_its_type_and_in_all():
-    table = evaluate.summarize(
-        [
-            {"task_type": "ab"[n % 2], "success": n % 4 == 0, "score": 0.5, "steps": 4}
-            for n in range(8)
-        ]
-    )
-    assert {name: (r["solved"], r["n"]) for name, r in table.items()} == {
-        "a": (2, 4),
-        "b": (0, 4),
-        "all": (2, 8),
-    }
-    assert table["all"]["success"] == 0.25 and table["all"]["score"] == 0.5
-    assert table["all"]["steps"] == 4
-
-
-def test_evaluation_refuses_items_that_were_trained_on(config):
-    config.split = "train"
-    assert len(evaluate.choose_items(config, "valid_seen", 0)) == 12
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alfworld, "identity", lambda item, split: "the same")
-        with pytest.raises(UserError, match="in train and valid_seen both"):
-            evaluate.choose_items(config, "valid_seen", 0)

@@ -209,7 +209,7 @@ def test_what_was_learned_is_measured_on_the_evaluation_split(tmp_path, monkeypa
 def test_interrupted_imitation_ends_as_the_unbroken_one(pretrained, tmp_path, monkeypatch):
     """Weights, optimizers and the place in the lessons; a new start would train 3 batches twice."""
     how = {"model": str(ROOT / SHIPPED["tiny-household"])} if pretrained else {}
-    how["rows"] = 16
+    how |= {"rows": 4, "count": 24, "held_out": 2}
     train_policy(course(tmp_path / "whole", **how))
     broken = course(tmp_path / "broken", save_minutes=0.0, **how)
     real = imitate.learn
@@ -231,8 +231,8 @@ def test_interrupted_imitation_ends_as_the_unbroken_one(pretrained, tmp_path, mo
 
     train_policy(broken)  # finished: nothing more is learned
     assert len(calls) == 7
-    with pytest.raises(UserError, match="--count 96, not 97"):
-        train_policy(course(tmp_path / "broken", count=97, **how))
+    with pytest.raises(UserError, match="--count 24, not 25"):
+        train_policy(course(tmp_path / "broken", **how | {"count": 25}))
 
 
 def test_a_pretrained_model_learns_its_responses_alone_with_its_own_tokenizer(policy):
