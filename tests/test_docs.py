@@ -116,6 +116,7 @@ def forks(games, tmp_path_factory):
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", sections())
 def test_a_fork_applies_and_runs(title, forks):
     expected = {

@@ -31,11 +31,13 @@ def whole(tmp_path_factory):
 # --- kills ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_file_operation_ends_as_the_unbroken_one(whole):
     verdicts = kills.at_operations(*whole, count=1, first=0.6)
     assert [result for _, result in verdicts] == ["same"] * 3, verdicts
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_last_iteration_and_the_run_goes_on_to_the_same_end(whole):
     """Without a save on the way: what the signal does not save is lost."""
     folder, good = whole
@@ -102,6 +104,7 @@ def test_without_a_whole_save_the_remedy_is_named(two_saves):
             saves.find(two_saves, "mine", set_aside=True)
 
 
+@pytest.mark.slow
 def test_damaged_files_of_a_run_are_named_and_recovered_from(whole):
     some = [
         ("mine/skills.jsonl", "emptied"),
@@ -112,6 +115,7 @@ def test_damaged_files_of_a_run_are_named_and_recovered_from(whole):
         assert files.try_case(whole[0], name, damage) == (True, "same"), (name, damage)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_one_line_and_the_last_save_whole(whole):
     said = files.full_disk(whole[0])
     if not said:

@@ -75,6 +75,7 @@ def test_table_is_within_15_percent_of_what_update_scoring_and_rollout_allocate(
         assert peak == pytest.approx(expected, rel=0.15), situation
 
 
+@pytest.mark.slow
 def test_logits_of_a_long_micro_batch_are_never_held_at_once(monkeypatch):
     monkeypatch.setitem(SHAPES, "wide", SMALL["wide"])
     config = Config(model="wide", dtype="float32", micro_tokens=1024)

@@ -22,6 +22,7 @@ def start(command, folder):
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_steps_of_one_process(paired_episodes, policy, tmp_path):
     """Gradients, weights, log-probs after the step (stale weights!), and a restored optimizer."""
     rows = as_rows(paired_episodes)[:31]  # odd: the ranks' parts differ
@@ -52,6 +53,7 @@ def test_two_ranks_make_the_steps_of_one_process(paired_episodes, policy, tmp_pa
         assert ours[1] == pytest.approx(theirs[1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_all_phases_run_on_two_ranks_and_write_one_run(games, tmp_path):
     flags = f"""--preset tiny-household --data {games} --run t --tasks 2 --group_size 4
     --max_steps 6 --n_req 9999 --warmup_iterations 1 --mine_iterations 2 --mine_every 1 --n_eval 1
@@ -73,6 +75,7 @@ def test_all_phases_run_on_two_ranks_and_write_one_run(games, tmp_path):
     assert done.returncode == 0 and "distill, plain prompt: 2 items" in done.stdout
 
 
+@pytest.mark.slow
 def test_more_ranks_than_tasks_is_a_clear_error(tmp_path):
     done = start([*TORCHRUN, str(ROOT / "warmup.py"), "--tasks", "1", "--device", "cpu"], tmp_path)
     assert done.returncode != 0

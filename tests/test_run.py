@@ -1,20 +1,28 @@
 """Runs and their flags: what may change at resume, forks, extensions, what a value must be."""
 
+import dataclasses
+import errno
 import json
+import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import evaluate
 import mine
 import warmup
-from config import UserError
+from config import Config, UserError
 from runtime import run as runs
 from runtime import saves
 from runtime.flags import parse_config
 from runtime.policy import make_optimizer
+from runtime.run import Run, run_script
+from skills import Skill, SkillBank
 
 SMALL = "--preset tiny-household --tasks 2 --group_size 2 --max_steps 3 --n_req 9999"
 SMALL += " --minibatch_rows 64"
@@ -25,13 +33,23 @@ def call(monkeypatch, script, flags):
     script.main()
 
 
-@pytest.fixture
-def begun(games, tmp_path, monkeypatch):
-    """A finished warm-up of one iteration in runs/t -> its flags."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def warmed(games, tmp_path_factory):
+    """A folder with a finished warm-up of one iteration in runs/t, and its flags."""
+    folder = tmp_path_factory.mktemp("warmed")
     flags = f"--run t {SMALL} --data {games}"
-    call(monkeypatch, warmup, f"{flags} --warmup_iterations 1")
-    return flags
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        call(patch, warmup, f"{flags} --warmup_iterations 1")
+    return folder, flags
+
+
+@pytest.fixture
+def begun(warmed, tmp_path, monkeypatch):
+    """A copy of it, in the working folder -> its flags."""
+    shutil.copytree(warmed[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return warmed[1]
 
 
 def logged(run="t"):
@@ -59,6 +77,7 @@ def test_a_finished_phase_is_extended_by_its_iterations_and_not_repeated(begun, 
     assert [x["episodes_so_far"] for x in logged()] == [4, 8, 12]
 
 
+@pytest.mark.slow
 def test_a_warm_up_ends_with_enough_successes_and_is_not_begun_again(begun, monkeypatch):
     flags = begun.replace("--run t", "--run u").replace("--n_req 9999", "--n_req 2")
     flags = flags.replace("--max_steps 3", "--max_steps 14") + " --warmup_iterations 9"
@@ -227,3 +246,328 @@ def test_a_run_is_named_so_that_it_stays_in_its_folder(monkeypatch, name):
     monkeypatch.setattr(sys, "argv", ["warmup.py", "--run", name])
     with pytest.raises(UserError, match="--run"):
         parse_config("warmup", "doc")
+
+
+def test_tasks_and_seeds_are_functions_of_seed_phase_and_iteration(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config.tasks = 4
+
+    def drawn(phase, k, **changes):
+        run = Run(dataclasses.replace(config, **changes), phase)
+        return tuple(run.draw_tasks(k)), run.seed(k)
+
+    base = drawn("mine", 1)
+    assert base == drawn("mine", 1) and len(set(base[0])) == 4
+    others = [drawn("mine", 2), drawn("distill", 1), drawn("mine", 1, seed=1)]
+    assert all(tasks != base[0] and seed != base[1] for tasks, seed in others)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--learning_rate 1", "unknown flag --learning_rate"),
+        ("--lambda_maxx 1", "did you mean --lambda_max"),
+        ("--preset huge", "--preset huge: choose one of"),
+        ("--model ./nowhere", "./nowhere: no such model folder"),
+        ("--dtype int8", "--dtype int8: must be float32 or bfloat16"),
+        ("--data /nowhere", "run alfworld-download, or set ALFWORLD_DATA or --data"),
+        ("--device cuda", "no CUDA device"),
+        ("--max_prompt_tokens 50", "raise --max_prompt_tokens (50 now)"),
+        ("--group_size 0", "--group_size 0: must be at least 1"),
+        ("--group_size 1", "--group_size 1: must be at least 2, for two halves, or --without"),
+        ("--gamma 2", "--gamma 2.0: must be at least 0 and at most 1"),
+        ("--lr nan", "--lr nan: must be at least 0"),
+        ("--lr many", "invalid float value: 'many'"),
+        ("--without lunch", "--without lunch: must be skills or warmup or"),
+        ("--recompute_old maybe", "'maybe' is not true or false"),
+        ("--skill_share 0", "unknown flag --skill_share: --without skills"),
+        ("tiny", "unknown flag tiny"),
+    ],
+)
+def test_wrong_input_ends_with_one_line_and_no_traceback(
+    flags, message, games, tmp_path, monkeypatch, capsys
+):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["warmup.py", *SMALL.split(), "--data", str(games), *flags.split()]
+    )
+    with pytest.raises(SystemExit) as exit:
+        run_script(warmup.main)
+    printed = capsys.readouterr().err.strip().split("\r")[-1].strip().split("\n")
+    assert exit.value.code == 2 and message in printed[-1] and printed[-1].startswith("error: ")
+    assert "Traceback" not in "".join(printed)
+
+
+def test_help_is_the_documentation():
+    out = subprocess.run(
+        [sys.executable, ROOT / "warmup.py", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name}" in out and field.metadata["help"]
+
+
+def test_out_of_memory_is_one_line_that_names_the_flags_to_lower(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore lines")
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "lower --micro_tokens (update) or --generation_rows" in line
+
+
+# --- Run ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(config, tmp_path, monkeypatch):
+    """A phase that begins, without a save."""
+    monkeypatch.chdir(tmp_path)
+    config.save_minutes = 999.0
+    return Run(config, "mine", successes=["first"])
+
+
+def test_an_iteration_draws_each_task_once(run):
+    """With repetition a group of equal tasks would weigh twice."""
+    for count in (11, 12, 99):
+        run.config.tasks = count
+        drawn = [run.draw_tasks(k) for k in (1, 2)]
+        assert all(len(set(tasks)) == len(tasks) == min(count, 12) for tasks in drawn)
+        assert drawn[0] != drawn[1] and set(drawn[0]) <= set(run.items)
+
+
+def test_seeds_are_those_that_torch_can_take(run):
+    seeds = {run.seed(k) for k in range(200)}
+    assert len(seeds) == 200 and min(seeds) >= 0 and 2**29 < max(seeds) < 2**31
+
+
+def test_a_phase_begins_at_0_with_the_state_it_is_given(run):
+    assert run.state == {"successes": ["first"], "iteration": 0, "finished": False}
+    assert not run.resumed and run.source is None and run.root == Path("runs/tiny-household")
+    assert list(run.iterations()) == [1, 2, 3, 4] and run.last == 4
+    assert run.policy.optimizer and run.policy.reference and run.policy.steps == 0
+    assert run.phase == "mine" and run.folder == run.root / "mine" and len(run.items) == 12
+
+
+def test_what_is_saved_is_the_state_at_the_iterations_end(run):
+    """SIGTERM comes in the middle of the next one, when the buffer and the bank have gone on."""
+    successes = ["a"]
+    bank = SkillBank(run.config, [Skill("c", "s", "pick")])
+    run.end_iteration(2, False, bank, successes=successes)
+    assert not run.folder.exists()  # not due yet
+    successes.append("b")
+    bank.skills[0].utility = 0.7
+    with pytest.raises(SystemExit) as stop:
+        run.on_sigterm()
+    assert stop.value.code == 143
+    state = runs.load_state(run.folder)
+    assert (state["successes"], state["iteration"], state["finished"]) == (["a"], 2, False)
+    assert SkillBank.load(run.folder, run.config).skills[0].utility == 0
+    assert json.loads((run.folder / "config.json").read_text()) == dataclasses.asdict(run.config)
+    assert not saves.problem(run.folder) and run.boundary is None and run.save_seconds > 0
+    again = Run(run.config, "mine", after="warmup")
+    assert again.resumed and again.source == run.folder and list(again.iterations()) == [3, 4]
+    assert again.state["successes"] == ["a"]
+
+
+def test_sigterm_in_an_update_waits_for_the_iterations_end(run, capsys):
+    run.end_iteration(1, False)
+    run.policy.steps += 1  # a weight has moved
+    run.on_sigterm()
+    assert run.terminated and not run.folder.exists()
+    with pytest.raises(SystemExit) as stop:
+        run.end_iteration(2, False)
+    assert stop.value.code == 143 and runs.load_state(run.folder)["iteration"] == 2
+    assert not (run.folder / "skills.jsonl").exists()
+    said = capsys.readouterr().err
+    assert said == "SIGTERM: saved up to the last finished iteration; the same command goes on\n"
+
+
+def test_sigterm_while_it_saves_is_obeyed_after_the_save(run, monkeypatch):
+    written = saves.put
+
+    def put(part, folder):
+        run.on_sigterm()
+        written(part, folder)
+
+    monkeypatch.setattr(saves, "put", put)
+    run.config.save_minutes = 0.0
+    with pytest.raises(SystemExit):
+        run.end_iteration(1, False)
+    assert runs.load_state(run.folder)["iteration"] == 1
+    monkeypatch.undo()
+
+
+def test_a_phase_ends_with_a_save_however_late_the_last_was(run):
+    run.end_iteration(4, True, successes=[])
+    assert runs.load_state(run.folder)["finished"] is True
+    run.saved_at -= 999 * 60 + 1
+    run.end_iteration(5, False)
+    assert runs.load_state(run.folder)["iteration"] == 5
+    assert time.time() - run.saved_at < 60
+
+
+def counts(episodes, tokens):
+    return {"episodes": episodes, "sampled_tokens": tokens}
+
+
+def test_a_line_of_the_log_counts_what_the_run_has_spent(run, episodes, monkeypatch):
+    advantages = [[0.0] * len(e.steps) for e in episodes]
+    run.clock -= 7
+    run.save_seconds = 0.12345
+    run.log(1, counts(8, 100) | {"kl": 0.5}, episodes, advantages, "a line")
+    run.log(2, counts(4, 50), episodes, advantages, "a line")
+    first, second = logged("tiny-household")
+    assert (first["phase"], first["iteration"], first["kl"]) == ("mine", 1, 0.5)
+    assert 7 <= first["seconds"] < 9 and second["seconds"] < 2
+    assert (first["episodes_so_far"], second["episodes_so_far"]) == (8, 12)
+    assert (first["sampled_tokens_so_far"], second["sampled_tokens_so_far"]) == (100, 150)
+    assert first["save_seconds"] == 0.123 and "save_seconds" not in second
+    assert 2**26 < first["peak_memory"] < 2**36  # bytes of this process
+    monkeypatch.setattr(runs.parallel, "rank", lambda: 1)
+    run.log(3, counts(4, 50), episodes, advantages, "a line")
+    assert len(logged("tiny-household")) == 2  # rank 0 speaks for all
+
+
+def test_a_transcript_has_its_own_episodes_advantages(run, paired_episodes):
+    for i, episode in enumerate(paired_episodes):
+        episode.task = f"task {i}"
+        episode.success = i == 0
+        episode.steps[0].distilled = {"weight": i}
+    advantages = [[i + t / 10 for t in range(len(e.steps))] for i, e in enumerate(paired_episodes)]
+    for k in range(1, 6):
+        run.log(k, counts(8, 100), paired_episodes, advantages, "a line")
+    lines = (run.root / "episodes.jsonl").read_text().splitlines()
+    shown = [json.loads(line) for line in lines]
+    assert len(shown) == 10 and {line["group"] for line in shown} == {
+        e.group for e in paired_episodes
+    }
+    for line in shown:
+        i = int(line["task"].split()[1])
+        episode = paired_episodes[i]
+        assert (line["item"], line["group"]) == (episode.item, episode.group)
+        assert line["success"] == (i == 0) and line["phase"] == "mine"
+        assert line["delta"] == (0.5 if i < 4 else 0.0)
+        words = ["when the task is to put an object somewhere: look first"]
+        assert line["skills"] == (words if episode.skills else [])
+        assert [s["advantage"] for s in line["steps"]] == [round(a, 4) for a in advantages[i]]
+        for step, known in zip(line["steps"], episode.steps, strict=True):
+            assert (step["saw"], step["said"]) == (known.obs, known.response)
+            assert (step["did"], step["reward"]) == (known.action, known.reward)
+        assert line["steps"][0]["weight"] == i
+
+
+def test_two_members_of_one_group_are_shown_one_of_each_half(paired_episodes, episodes):
+    seen = set()
+    for seed in range(30):
+        a, b = runs.choose_shown(paired_episodes, seed)
+        assert paired_episodes[a].group == paired_episodes[b].group
+        assert paired_episodes[a].skills and not paired_episodes[b].skills
+        assert (a, b) == tuple(runs.choose_shown(paired_episodes, seed))
+        seen |= {a, b}
+        a, b = runs.choose_shown(episodes, seed)
+        assert a != b and episodes[a].group == episodes[b].group
+    assert seen == set(range(8))
+
+
+def test_lines_after_the_save_are_dropped_and_the_rest_counted(run, capsys):
+    def line(phase, iteration, **more):
+        return json.dumps({"phase": phase, "iteration": iteration} | counts(8, 10) | more) + "\n"
+
+    path = run.root / "metrics.jsonl"
+    path.write_text(line("warmup", 9) + line("mine", 1) + line("mine", 2) + line("mine", 3))
+    (run.root / "episodes.jsonl").write_text(line("mine", 2) + line("mine", 3) + '{"phase": "mi')
+    run.drop_lines_after(2)
+    assert [x["iteration"] for x in logged("tiny-household")] == [9, 1, 2]
+    assert run.spent == counts(24, 30)
+    assert (run.root / "episodes.jsonl").read_text() == line("mine", 2)
+    assert "episodes.jsonl: lines [3] were damaged and are dropped" in capsys.readouterr().out
+    path.write_text(line("mine", 0) + line("lunch", 1) + line("mine", 1, episodes=-1) + "\n[]\n")
+    run.drop_lines_after(2)
+    said = capsys.readouterr().out
+    assert "metrics.jsonl: lines [1, 2, 3, 5] were damaged and are dropped" in said
+    assert "metrics.jsonl: what was logged up to iteration 2 of mine is lost" in said
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_named(bad):
+    weights = {"good": torch.zeros(2), "bad.weight": torch.tensor([0.0, bad])}
+    with pytest.raises(UserError, match="bad.weight is not finite: not saved"):
+        runs.require_finite(weights, "runs/t")
+    runs.require_finite({"good": torch.zeros(2)}, "runs/t")
+
+
+@pytest.mark.parametrize(
+    "changes, ranks, message",
+    [
+        ({"device": "tpu"}, 1, "--device tpu: choose cpu, cuda or cuda:N"),
+        ({"device": "cuda:x"}, 1, "--device cuda:x: choose"),
+        ({}, 3, "3 processes share --tasks 2: start fewer, or raise it"),
+        ({"offload": True}, 2, "--offload is for one GPU; several shard the state"),
+    ],
+)
+def test_what_no_machine_can_run_is_refused(config, monkeypatch, changes, ranks, message):
+    monkeypatch.setattr(runs.parallel, "world_size", lambda: ranks)
+    monkeypatch.setattr(runs.parallel, "init", lambda device: device)
+    with pytest.raises(UserError, match=message):
+        runs.set_up(dataclasses.replace(config, **changes))
+    monkeypatch.setattr(runs.parallel, "world_size", lambda: 2)
+    assert runs.set_up(dataclasses.replace(config, device="cpu")) == "cpu"
+    assert torch.initial_seed() == config.seed == 0
+    assert runs.set_up(dataclasses.replace(config, seed=5)) in ("cpu", "cuda")
+    assert torch.initial_seed() == 5
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (UserError("a word"), 2, "error: a word\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from the last save\n"),
+        (OSError(errno.ENOSPC, "No space"), 2, "free some disk, then the same command goes on\n"),
+        (OSError(errno.EDQUOT, "Quota"), 2, "free some disk, then the same command goes on\n"),
+        (OSError(errno.EACCES, "Denied"), 2, "error: [Errno 13] Denied\n"),
+    ],
+)
+def test_what_a_user_can_meet_is_one_line_and_an_exit_code(error, code, words, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    said = capsys.readouterr().err
+    assert stop.value.code == code and said.endswith(words) and said.count("\n") == 1
+
+
+def test_a_dry_run_prints_the_table_and_ends(config, capsys, monkeypatch):
+    config.dry_run = True
+    with pytest.raises(SystemExit) as stop:
+        runs.set_up(config)
+    assert stop.value.code is None and "card: fits" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        runs.set_up(config)
+    assert not capsys.readouterr().out
+
+
+def test_a_phase_needs_the_one_before_it_finished(run):
+    with pytest.raises(UserError, match="warmup/model is missing: run `python warmup.py --run"):
+        Run(run.config, "mine", after="warmup")
+    run.phase, run.folder = "warmup", run.root / "warmup"
+    run.end_iteration(1, False, successes=[])
+    run.save()
+    with pytest.raises(
+        UserError, match="warmup is not finished: `python warmup.py .* goes on"
+    ):
+        Run(run.config, "mine", after="warmup")
+    run.end_iteration(2, True, successes=["b"])
+    second = Run(run.config, "mine", after="warmup")
+    assert not second.resumed and second.source == run.folder
+    assert second.state == {"successes": ["b"], "iteration": 0, "finished": False}
+    second.end_iteration(4, False)
+    second.save()
+    flag = "mine is at iteration 4, unfinished: raise --mine_iterations"
+    with pytest.raises(UserError, match=flag):
+        Run(run.config, "mine", after="warmup").iterations()

@@ -176,6 +176,7 @@ def test_flags_that_do_not_fit_are_a_clear_error(flags, message, monkeypatch):
         imitate.main()
 
 
+@pytest.mark.slow
 def test_a_short_version_of_the_training_command_learns_and_is_reproducible(tmp_path):
     long = train_policy(course(tmp_path / "a", count=600))
     short, again = (train_policy(course(tmp_path / name)) for name in "bc")
@@ -205,6 +206,7 @@ def test_what_was_learned_is_measured_on_the_evaluation_split(tmp_path, monkeypa
     assert splits == ["train", "test"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_interrupted_imitation_ends_as_the_unbroken_one(pretrained, tmp_path, monkeypatch):
     """Weights, optimizers and the place in the lessons; a new start would train 3 batches twice."""
@@ -262,6 +264,7 @@ def test_prompts_are_lessons_for_a_tiny_policy_only_and_micro_batches_change_no_
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_measure_counts_what_is_right_and_well_formed(policy, monkeypatch):
     """It plays as its lessons showed, though it cannot know where the demonstrator looks first."""
     pairs = lessons(60, seed=9)
