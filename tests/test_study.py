@@ -2,7 +2,10 @@
 
 import json
 import math
+import shlex
+import shutil
 import statistics
+from threading import Barrier
 from types import SimpleNamespace
 
 import numpy as np
@@ -183,6 +186,22 @@ def test_a_seed_warms_up_once_and_mines_once_for_variants_that_are_alike(scripts
     assert done == [f"n-{run}-s2" for run in runs]
 
 
+def test_variants_that_mine_on_their_own_run_at_once_where_jobs_allow(scripts, monkeypatch):
+    both = Barrier(2, timeout=10)  # breaks when one waits for the other to end
+    alone = study.command
+
+    def command(script, run, flags):
+        if script == "mine.py":
+            both.wait()
+        alone(script, run, flags)
+
+    monkeypatch.setattr(study, "command", command)
+    study.run_seed(plan(variants=["siri", "gigpo"], jobs=2), "1")
+    first = [said.split()[:2] for said in scripts.said[:2]]
+    assert first == [["warmup.py", "n-warmup-s1"], ["evaluate.py", "n-warmup-s1"]]
+    assert len(scripts.said) == 14
+
+
 def test_a_stage_is_evaluated_from_its_own_checkpoint_before_the_next_begins(scripts):
     study.run_seed(plan(), "1")
     done = [(said.split()[0], said.split()[1]) for said in scripts.said]
@@ -243,6 +262,35 @@ def test_a_study_keeps_each_stage_with_its_own_episodes_and_explains_phases_1_an
     explained = kept["n"]["explained"]["siri"]
     expected = {"first_success": 1.0, "first_contrast": 0.1, "active": 0.57143, "no_contrast": 0.5}
     assert explained == pytest.approx(expected)
+
+
+def test_a_later_call_adds_its_seeds_to_the_study_of_that_name(scripts, monkeypatch):
+    """On a fresh machine: of the first call nothing but results/study.json is there."""
+    common = {"iteration": 1, "active": 0, "success_plain": 0.5, "no_contrast": 0.5}
+    log = ""
+    for phase, episodes in (("warmup", 64), ("distill", 128)):
+        log += json.dumps(common | {"phase": phase, "episodes_so_far": episodes}) + "\n"
+    fixed = "--flags '--tasks 8' --mine_iterations 3 --distill_iterations 4 --eval_items 120"
+    for seed, title in (("1", "two seeds"), ("2", "")):
+        args = plan(variants=["siri", "gigpo"], seeds=[seed], title=title)
+        for variant in args.variants:
+            study.write_atomically(f"runs/n-{variant}-s{seed}/metrics.jsonl", log)
+        words = shlex.split(f"run --name n --seeds {seed} --points 2 {fixed}")
+        monkeypatch.setattr(study.sys, "argv", ["study.py", *words])
+        said = study.run_study(args)
+        kept = read_json("results/study.json")["n"]
+        assert [list(x) for x in kept["variants"].values()] == 2 * [["1", "2"][: int(seed)]]
+        assert bool(kept["explained"]["siri"]) == (seed == "1")
+        shutil.rmtree("runs")
+    assert kept["title"] == "two seeds" and "| two seeds | SIRI | 2 |" in said
+    with pytest.raises(UserError, match="n was begun with --points 2, not 1"):
+        study.run_study(plan(points=1))
+
+
+def test_the_recorded_commands_can_be_read():
+    """Or no seed could join their studies."""
+    recorded = [x["command"] for x in read_json(ROOT / study.RESULTS).values() if "command" in x]
+    assert all(study.parse(shlex.split(x)[3:]).flags for x in recorded) and len(recorded) > 5
 
 
 def test_a_study_of_another_plan_needs_another_name(tmp_path, monkeypatch):

@@ -6,13 +6,16 @@
 Each seed has one run of `warmup.py`, a fork of it through `mine.py` for all variants that are alike
 in phase 1, and a fork of that through `distill.py` for each variant. The plain prompt is evaluated
 after the warm-up, after mining and at --points points of phase 2. A command whose evaluation is
-there is skipped, so the same line goes on where it was stopped. --jobs seeds run at once.
+there is skipped, so the same line goes on where it was stopped. --jobs seeds run at once, or the
+variants of fewer seeds.
 
-The result joins the other studies in results/study.json, as name -> {title, variants, ...}:
+The seeds join those of earlier calls, whose runs may be gone, and the study the others in
+results/study.json, as name -> {title, variants, ...}:
 
     variants   variant -> seed -> [[episodes, solved, items], ...], a point for each evaluation
     pools      instead: studies whose seeds are taken together; `only` some of their variants
-    explained  variant -> means over the seeds and the iterations of phases 1 and 2
+    explained  variant -> means over the seeds and the iterations of phases 1 and 2; empty where
+               the seeds are of several calls
     control    what the other variants are compared with, where it is not gigpo
     panel      whether the figure shows the study
 
@@ -29,6 +32,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -112,8 +116,19 @@ def command(script, run, flags):
 
 
 def run_seed(args, seed):
+    """The warm-up, then the variants; those that mine on their own at once, if --jobs allows."""
+    mining = defaultdict(list)  # run of mine.py -> stages
+    for variant in args.variants:
+        start, *later = chain(args, variant, seed)
+        run_stages(args, [start])
+        mining[later[0]["run"]] += later
+    with ThreadPoolExecutor(max(1, args.jobs // len(args.seeds))) as pool:
+        list(pool.map(lambda stages: run_stages(args, stages), mining.values()))
+
+
+def run_stages(args, stages):
     """Every stage whose evaluation is not there. UserError if its run has gone on beyond it."""
-    for stage in [x for variant in args.variants for x in chain(args, variant, seed)]:
+    for stage in stages:
         run, phase, out = stage["run"], stage["phase"], Path(stage["out"])
         if out.exists():
             continue
@@ -134,18 +149,24 @@ def remember(args):
     """Keep what a study is; UserError when it is to be another one under the same name."""
     path = Path("runs") / f"study-{args.name}.json"
     wanted = {name: getattr(args, name) for name in FIXED}
-    known = read_json(path) if path.exists() else wanted
-    for name in FIXED:
+    earlier = [read_json(path)] if path.exists() else []
+    if "command" in (recorded := read_studies().get(args.name, {})):
+        earlier.append(vars(parse(shlex.split(recorded["command"])[3:])))
+    for known, name in product(earlier, FIXED):
         if known[name] != wanted[name]:
             was = f"was begun with --{name} {known[name]}, not {wanted[name]}"
             raise UserError(f"the study {args.name} {was}; give this one another --name")
     write_atomically(path, json.dumps(wanted, indent=1))
 
 
-def collect(args) -> dict:
-    """What results/study.json keeps of a study that has run."""
-    variants = defaultdict(dict)
-    explained = {}
+def read_studies() -> dict:
+    return read_json(RESULTS) if RESULTS.exists() else {}
+
+
+def collect(args, earlier) -> dict:
+    """What results/study.json keeps of a study that has run, beside the seeds of earlier calls."""
+    variants = defaultdict(dict, earlier.get("variants", {}))
+    explained = earlier.get("explained", {})
     for variant in args.variants:
         logs = []
         for seed in args.seeds:
@@ -158,7 +179,7 @@ def collect(args) -> dict:
                 counts = [x["episodes_so_far"] for x in before if x["iteration"] <= last]
                 items = read_json(stage["out"])["items"]
                 points.append([max(counts, default=0), sum(items.values()), len(items)])
-        explained[variant] = explain(logs)
+        explained[variant] = explain(logs) if len(logs) == len(variants[variant]) else {}
     return {"variants": variants, "explained": explained}
 
 
@@ -336,8 +357,10 @@ def run_study(args) -> str:
     remember(args)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda seed: run_seed(args, seed), args.seeds))
-    studies = read_json(RESULTS) if RESULTS.exists() else {}
-    study = {"title": args.title or args.name, "panel": True} | collect(args)
+    studies = read_studies()
+    earlier = studies.get(args.name, {})
+    study = {"title": args.name, "panel": True} | earlier | collect(args, earlier)
+    study["title"] = args.title or study["title"]
     study["command"] = "python -m tools.study " + shlex.join(sys.argv[1:])
     text = json.dumps(studies | {args.name: study}, indent=1)
     curves = r"\[[\d\s,\[\]]+\]"  # each on one line
@@ -346,7 +369,7 @@ def run_study(args) -> str:
     return f"{markdown({args.name: study})}\n\n{reasons({args.name: study})}"
 
 
-def main():
+def parse(words):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("table", help="draw results/study.json again")
@@ -361,8 +384,12 @@ def main():
     run.add_argument("--distill_iterations", type=int, default=12)
     run.add_argument("--points", type=int, default=3, help="evaluations within phase 2")
     run.add_argument("--eval_items", type=int, default=0, help="of the panel; 0: all of it")
-    run.add_argument("--jobs", type=int, default=1, help="seeds at once")
-    args = parser.parse_args()
+    run.add_argument("--jobs", type=int, default=1, help="seeds, or variants of a seed, at once")
+    return parser.parse_args(words)
+
+
+def main():
+    args = parse(sys.argv[1:])
     if args.command == "run":
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs}: must be 1 at least")
