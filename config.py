@@ -52,7 +52,8 @@ class Config:
 
     preset: str = flag(
         "tiny",
-        "start from tiny, tiny-household, tiny-alfworld, smollm2, {alfworld,webshop}-{7b,1.5b}",
+        "start from tiny, tiny-{household,alfworld}, smollm2, smollm2-alfworld, "
+        "{alfworld,webshop}-{7b,1.5b}",
         fixed=True,
         group="run",
     )
@@ -227,6 +228,21 @@ PRESETS = {
     "alfworld-1.5b": {"run": "alfworld-1.5b"} | SMALL_MODEL,
     "webshop-7b": {"run": "webshop-7b"} | WEBSHOP,
     "webshop-1.5b": {"run": "webshop-1.5b"} | SMALL_MODEL | WEBSHOP,
+}
+PRESETS["smollm2-alfworld"] = PRESETS["smollm2"] | {  # the real games on a card of 80 GB
+    "run": "smollm2-alfworld",
+    "data": "",  # $ALFWORLD_DATA
+    "model": "runs/smollm2-alfworld-taught",  # the lessons of the real games
+    "max_prompt_tokens": 2048,  # rooms have up to 40 receptacles
+    "max_steps": 30,  # of 50: a seed of both variants then fits ten minutes
+    "tasks": 16,  # an iteration of 128 episodes, in about a minute
+    "minibatch_rows": 512,  # of about three thousand rows, so six steps an iteration
+    "micro_tokens": 32768,  # a run takes 29 GB, and two share the card
+    "lr": 5e-5,  # it learned within 384 episodes
+    "n_eval": 2,  # of 32 groups in phase 1 each task type has about five
+    "warmup_iterations": 1,  # after the lessons it solves enough to mine from
+    "mine_iterations": 2,  # the first with skills of the warm-up, the second with its own too
+    "distill_iterations": 1,  # each is a minute
 }
 
 

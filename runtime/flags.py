@@ -9,7 +9,8 @@ from pathlib import Path
 from config import PHASES, PRESETS, Config, UserError, check, read_json
 from runtime import saves
 
-KEPT = ("tiny-games", "tiny-shop", "webshop-cache", "smollm2-base", "smollm2-taught")  # in runs/
+KEPT = ("tiny-games", "tiny-shop", "webshop-cache")  # in runs/
+KEPT += ("smollm2-base", "smollm2-taught", "smollm2-alfworld-taught")
 OLD = {  # what a run may have been begun with: what it is now
     "human_goals": "--split train:human",
     "internalize_gate": "--without gate",
