@@ -558,9 +558,7 @@ def test_a_phase_needs_the_one_before_it_finished(run):
     run.phase, run.folder = "warmup", run.root / "warmup"
     run.end_iteration(1, False, successes=[])
     run.save()
-    with pytest.raises(
-        UserError, match="warmup is not finished: `python warmup.py .* goes on"
-    ):
+    with pytest.raises(UserError, match="warmup is not finished: `python warmup.py .* goes on"):
         Run(run.config, "mine", after="warmup")
     run.end_iteration(2, True, successes=["b"])
     second = Run(run.config, "mine", after="warmup")
