@@ -1,16 +1,28 @@
 """What mining and distillation do in an iteration: whom they ask, what they keep, their rows."""
 
 import dataclasses
+import json
+import shutil
 import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import tiny_config
 
 import distill
 import mine
-from skills import Skill, SkillBank
+import warmup
+from common import episode_advantages, rl_rows
+from config import read_jsonl
+from runtime import saves
+from runtime.metrics import rollout_metrics
+from runtime.policy import load_policy
+from runtime.run import Run, load_state
+from skills import Skill, SkillBank, group_deltas, plain_successes
+from worlds import alfworld
 
 
 def call(script, flags):
@@ -277,3 +289,181 @@ def test_ablations_of_internalization_each_open_one_thing(paired_episodes, polic
     config.without = ["action_mask", "weight"]
     assert {row.weight for row in internalized(paired_episodes, policy, config)} == {1.0}
     assert not internalized(paired_episodes, policy, config, **harmful)
+
+
+# --- an iteration, really run ---------------------------------------------------------------------
+
+
+class Watched:
+    """One iteration of a phase: what it drew, played and trained, and what it left behind."""
+
+    def __init__(self, script, flags, monkeypatch):
+        self.tasks, self.prompts, self.statuses = [], [], []
+        real = {name: getattr(script, name) for name in ("open_groups", "rollout", "update")}
+
+        def open_groups(items, config):
+            self.tasks = items
+            self.config = config
+            return real["open_groups"](items, config)
+
+        def play(policy, config, groups, seed):
+            self.rollout_seed = seed
+            self.episodes = real["rollout"](policy, config, groups, seed)
+            for group in groups:  # so that there is something to learn: one member has solved it
+                group[0].success = True
+                group[0].steps[-1].reward = 10.0
+            return self.episodes
+
+        def train(policy, rows, config, seed, **options):
+            self.rows = [dataclasses.replace(row) for row in rows]  # as they were given
+            self.update_seed, self.options, self.policy = seed, options, policy
+            return real["update"](policy, rows, config, seed, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "open_groups", open_groups)
+            patch.setattr(script, "rollout", play)
+            patch.setattr(script, "update", train)
+            if hasattr(script, "put_skills"):
+                put = script.put_skills
+                patch.setattr(
+                    script, "put_skills", lambda *a: self.statuses.append(a[2]) or put(*a)
+                )
+            call(script, flags)
+        self.phase = script.__name__
+        self.line = read_jsonl("runs/t/metrics.jsonl")[-1]
+        self.folder = Path("runs/t", self.phase)
+        self.state = load_state(self.folder)
+
+    def advantages(self):
+        return episode_advantages(self.episodes, self.config)
+
+    def bank(self):
+        return SkillBank.load(self.folder, self.config)
+
+    def check(self, k):
+        """What holds of every phase: the plan of the iteration, its rows, its line in the log."""
+        run = Run(self.config, self.phase, after=None)
+        assert self.tasks == run.draw_tasks(k)
+        assert self.rollout_seed == self.update_seed == run.seed(k)
+        rl = [row for row in self.rows if row.gate is None]
+        assert rl == rl_rows(self.episodes, self.advantages()) and rl
+        expected = rollout_metrics(self.episodes, self.advantages(), self.config)
+        assert expected.items() <= self.line.items()
+        assert (self.line["phase"], self.line["iteration"]) == (self.phase, k)
+        assert self.line["rows"] == len(rl) and self.line["optimizer_steps"] > 0
+        assert self.state["iteration"] == k
+        saved = load_policy(self.folder / "model", self.config, "cpu", trainable=False)[0]
+        for now, then in zip(self.policy.model.parameters(), saved.parameters(), strict=True):
+            assert torch.equal(now, then)
+
+
+@pytest.fixture
+def begun(games, tmp_path, monkeypatch):
+    """A run with a warm-up and a mining phase that have ended, made without training."""
+    monkeypatch.chdir(tmp_path)
+    small = {"run": "t", "kl_coef": 0.0, "minibatch_rows": 64, "group_size": 3, "max_steps": 3}
+    small |= {
+        "tasks": 2,
+        "mine_iterations": 1,
+        "distill_iterations": 2,
+        "warmup_iterations": 2,
+        "n_req": 3,
+    }
+    config = tiny_config(games, **small, n_eval=0, active_above=0.9, ema=1.0, mine_episodes=2)
+    solved = {"task": "t", "task_type": "pick", "iteration": 1, "steps": [["saw", "look"]]}
+    Run(config, "warmup").end_iteration(1, True, successes=[solved, solved])
+    bank = SkillBank(config)
+    for kind in alfworld.TASK_TYPES.values():
+        bank.skills.append(Skill("it is dark", f"use the lamp of {kind}", kind, status="active"))
+    Run(config, "mine").end_iteration(1, True, bank, successes=[solved])
+    return f"--run t --preset tiny-household --data {games} " + " ".join(
+        f"--{name} {value}" for name, value in small.items() if name != "run"
+    )
+
+
+def test_an_iteration_of_the_warm_up_keeps_its_successes_and_ends_with_enough(
+    begun, monkeypatch, capsys
+):
+    for folder in Path("runs/t").iterdir():
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+    seen = Watched(warmup, begun.replace("--n_req 3", "--n_req 4"), monkeypatch)
+    seen.check(2)  # two tasks, one success each: the second iteration is the last
+    lines = read_jsonl("runs/t/metrics.jsonl")
+    assert [line["n_succ"] for line in lines] == [2, 4] and seen.state["finished"]
+    assert len(seen.state["successes"]) == 4
+    assert seen.state["successes"][2:] == plain_successes(seen.episodes, 2)
+    assert seen.options == {} and all(not e.skills for e in seen.episodes)
+    said = capsys.readouterr().out
+    assert "warmup: 12 tasks, 707,200 parameters on cpu\n" in said
+    assert "N_succ 4/4  steps 3.0  invalid 0.00" in said
+    assert said.endswith("warmup done: 4 successes. Next: python mine.py --run t\n")
+    enough = begun.replace("--n_req 3", "--n_req 2")
+    shutil.rmtree("runs/t")
+    Watched(warmup, enough, monkeypatch)
+    assert len(read_jsonl("runs/t/metrics.jsonl")) == 1
+
+
+def test_an_iteration_of_mining_pairs_trains_and_judges(begun, monkeypatch, capsys):
+    shutil.rmtree("runs/t/mine")
+    written = '{"condition": "it is early", "strategy": "look around"}'
+    monkeypatch.setattr(mine, "write_summaries", lambda prompts, *_: [written] * len(prompts))
+    seen = Watched(mine, "--run t --mine_episodes 0", monkeypatch)  # which tasks will it draw?
+    kinds = sorted({episode.task_type for episode in seen.episodes})
+    shutil.rmtree("runs/t/mine")
+    save = Path("runs/t/warmup")
+    state = load_state(save)
+    state["successes"] = [dict(state["successes"][0], task_type=kind) for kind in kinds]
+    torch.save(state, save / "state.pt")
+    (save / saves.MANIFEST).write_text(json.dumps(saves.files_of(save)))
+    capsys.readouterr()
+    seen = Watched(mine, "--run t", monkeypatch)
+    seen.check(1)
+    assert seen.statuses == [("candidate", "active")] and seen.options == {}
+    assert not [row for row in seen.rows if row.gate is not None]
+    assert [bool(e.skills) for e in seen.episodes] == [True, True, False] * 2
+    assert seen.line["mined_added"] == len(kinds) and seen.line["delta"] == 0.5
+    assert seen.line["paired_groups"] == 2 and seen.line["candidate"] == len(kinds)
+    assert all(set(skill.deltas) == {0.5} and skill.born == 1 for skill in seen.bank().skills)
+    assert len(seen.state["successes"]) == len(kinds) and seen.state["finished"]  # no plain one
+    said = capsys.readouterr().out
+    assert said.startswith("mine: 2 successes to learn from, 0 skills\n")
+    assert f"mined {{'added': {len(kinds)}" in said and "skills 0 active" in said
+    assert "no skill became active: distill.py will train plain GiGPO" in said
+    assert seen.bank().table() in said and said.endswith("Next: python distill.py --run t\n")
+
+
+def test_an_iteration_of_distillation_adds_what_the_skills_did_better(begun, monkeypatch, capsys):
+    seen = Watched(distill, "--run t --distill_iterations 1", monkeypatch)
+    seen.check(1)
+    deltas = group_deltas(seen.episodes)
+    assert set(deltas.values()) == {0.5} and seen.statuses == [("active",)]
+    tokenizer = seen.policy.tokenizer
+    rows = distill.internalization_rows(
+        seen.episodes, seen.advantages(), deltas, tokenizer, seen.config
+    )
+    assert [row for row in seen.rows if row.gate is not None] == rows
+    assert len(rows) == 12 and seen.options == {"lambda_": distill.lambda_at(1, seen.config)}
+    gated = sum(sum(row.gate) for row in rows)
+    tokens = sum(len(row.response_ids) for row in rows)
+    assert seen.line["gated_tokens"] == gated > 0
+    assert seen.line["gated_share"] == pytest.approx(gated / tokens) and gated < tokens
+    assert seen.line["lambda"] == seen.options["lambda_"] > 0 and seen.line["delta"] == 0.5
+    assert seen.line["internalization_rows"] == 12 and seen.line["active"] == 6
+    tried = [skill for skill in seen.bank().skills if skill.deltas]
+    assert tried and all(set(skill.deltas) == {0.5} for skill in tried) and seen.state["finished"]
+    steps = [s for line in read_jsonl("runs/t/episodes.jsonl") for s in line["steps"]]
+    assert sum("distilled" in step for step in steps) == 3  # of one of the two members shown
+    said = capsys.readouterr().out
+    assert said.startswith("distill: skills 6 active 0 candidate 0 retired, lambda up to 0.025\n")
+    assert f"lambda 0.025  gated {gated} tokens  skills 6 active" in said
+    assert "plain GiGPO" not in said
+    assert said.endswith(
+        "distill done: runs/t/distill/model needs no skill.\nNext: python evaluate.py --run t\n"
+    )
+
+
+def test_without_an_active_skill_distillation_says_that_it_is_gigpo(begun, monkeypatch, capsys):
+    seen = Watched(distill, "--run t --distill_iterations 1 --without skills", monkeypatch)
+    seen.check(1)
+    assert not seen.statuses and seen.line["gated_tokens"] == seen.line["gated_share"] == 0
+    assert "no active skill: this phase trains plain GiGPO" in capsys.readouterr().out
