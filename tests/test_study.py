@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 import statistics
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import simulate_studies
 from conftest import ROOT
 
 from config import UserError, read_json
@@ -58,11 +60,13 @@ def test_the_interval_is_students_over_independent_values():
     assert study.interval([0.3]) is None
 
 
-def test_the_interval_of_five_seeds_holds_the_truth_in_95_of_100_studies():
-    """A bootstrap over the seeds holds it in 85."""
-    rng = np.random.default_rng(0)
-    bounds = [study.interval(rng.normal(0.0, 0.2, size=5)) for _ in range(1000)]
-    assert 930 <= sum(low < 0.0 < high for low, high in bounds) <= 970
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """The table of results/README.md, from its simulation: 2,000 studies a number."""
+    page = (ROOT / "results" / "README.md").read_text()
+    block = page.split("<!-- coverage:begin -->\n")[1].split("\n<!-- coverage:end -->")[0]
+    assert block == simulate_studies.table()
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", block.split("---")[-1])]
+    assert len(shares) == 12 and min(shares) > 93.5  # 95 less three standard errors
 
 
 def test_the_mean_over_the_curve_weighs_points_by_the_episodes_between():
@@ -323,6 +327,60 @@ def test_the_page_holds_what_its_data_say():
         "| three options | SIRI | 10 |" in block
         and "| +0.125 (+0.046 to +0.204) | 9 of 10 |" in block
     )
+
+
+def test_the_table_command_writes_the_page_and_the_picture(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    page = tmp_path / "results" / "study.md"
+    known = page.read_text()
+    page.write_text(known.replace("| three options | SIRI | 10 |", "| another | line | 9 |"))
+    (tmp_path / "results" / "study.png").unlink()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["study.py", "table"])
+    study.main()
+    assert page.read_text() == known
+    assert (tmp_path / "results" / "study.png").stat().st_size > 20_000
+    assert capsys.readouterr().out == study.reasons(read_json(study.RESULTS)) + "\n"
+
+
+def test_what_may_explain_a_difference_is_a_table_of_its_own():
+    studies = {
+        "a": {"title": "A", "explained": {"siri": {"x": 0.12345, "y": 2.0}, "gigpo": {"y": 0.5}}},
+        "b": {"title": "B"},
+        "c": {"title": "C", "explained": {"no-gate": {"z": 1e-5}}},
+    }
+    assert (
+        study.reasons(studies)
+        == """\
+| study | variant | x | y | z |
+| --- | --- | --- | --- | --- |
+| A | SIRI | 0.123 | 2 |  |
+| A | GiGPO |  | 0.5 |  |
+| C | without gate |  |  | 1e-05 |"""
+    )
+
+
+def test_flags_of_the_command(monkeypatch):
+    seen = []
+    monkeypatch.setattr(study, "run_study", lambda args: seen.append(args) or "done")
+    monkeypatch.setattr("sys.argv", ["study.py", "run", "--name", "n"])
+    study.main()
+    plan = {"mine_iterations": 4, "distill_iterations": 12, "points": 3, "eval_items": 0}
+    plan |= {"name": "n", "title": "", "flags": "", "jobs": 1, "command": "run"}
+    plan |= {"variants": ["siri", "gigpo"], "seeds": ["1", "2", "3", "4", "5"]}
+    assert vars(seen[0]) == plan
+    words = """--name m --title T --flags=--tasks --variants no-gate,siri --seeds 7 --jobs 2
+    --mine_iterations 1 --distill_iterations 2 --points 5 --eval_items 6""".split()
+    monkeypatch.setattr("sys.argv", ["study.py", "run", *words])
+    study.main()
+    plan = {"mine_iterations": 1, "distill_iterations": 2, "points": 5, "eval_items": 6}
+    plan |= {"name": "m", "title": "T", "flags": "--tasks", "jobs": 2, "command": "run"}
+    assert vars(seen[1]) == plan | {"variants": ["no-gate", "siri"], "seeds": ["7"]}
+    for wrong, message in (("--jobs 0", "must be 1 at least"), ("--variants x", "--variants x: ")):
+        monkeypatch.setattr("sys.argv", ["study.py", "run", "--name", "n", *wrong.split()])
+        with pytest.raises(UserError, match=message):
+            study.main()
+    assert len(seen) == 2
 
 
 def test_a_block_is_replaced_between_its_markers(tmp_path):
