@@ -282,7 +282,7 @@ def check_product(product):
 
 def read_prices(text: str) -> list:
     """Text as "$5 to $8" -> [5.0, 8.0]: one price, or the ends of a range; [100.0] for none."""
-    digits = [re.sub(r"[^\d.]", "", part).strip(".") for part in text.split("$")[1:]]
+    digits = [re.sub(r"[^\d.]", "", part).rstrip(".") for part in text.split("$")[1:]]
     prices = [float(Decimal(number)) for number in digits if number]
     return prices[:2] or [100.0]
 
