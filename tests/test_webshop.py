@@ -1,18 +1,26 @@
 """The WebShop engine: search, pages, reward, goals, broken data, the recorded sessions."""
 
+import dataclasses
+import itertools
 import json
 import lzma
 import math
 import os
+import random
 import tarfile
 import time
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
+import spacy
 from conftest import SHARED
 
 import envs
 from config import UserError
-from worlds import webshop
+from worlds import shop, webshop
+
+DATA = Path(__file__).parent / "data"
 
 
 def product(asin, name, price="$10.0", options=None, **more):
@@ -83,7 +91,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def shop(folder):
+def session(folder):
     """A session for "B000000001 in red, size l", on its search page."""
     env = envs.make_env("webshop", f"{folder}/B000000001/1")
     env.reset()
@@ -96,93 +104,370 @@ def play(env, *actions):
     return result
 
 
+# --- Search ---------------------------------------------------------------------------------------
+
+
 def test_analysis_is_lucenes():
     text = "The dogs' O'Neil's size:s 3.5-inch 1,000 snow_white ponies ❤️★™ technology"
-    assert webshop.analyze(text) == [
-        "dog",
-        "o'neil",
-        "size:",
-        "3.5",
-        "inch",
-        "1,000",
-        "snow_whit",
-        "poni",
-        "❤️",
-        "★",
-        "™",
-        "technolog",
-    ]
+    terms = "dog o'neil size: 3.5 inch 1,000 snow_whit poni ❤️ ★ ™ technolog"
+    assert webshop.analyze(text) == terms.split()
+    assert [len(term) for term in webshop.analyze("x" * 600)] == [255, 255, 90]
 
 
-def test_document_lengths_are_rounded_as_in_lucenes_index():
-    assert [webshop.stored_length(n) for n in (23, 39, 40, 41, 64, 343)] == [
-        23,
-        39,
-        40,
-        40,
-        64,
-        312,
-    ]
+def test_document_lengths_keep_four_bits_as_in_lucenes_index():
+    kept = [*range(24), *(24 + (m << shift) for shift in range(20) for m in range(16))]
+    for n in range(5000):
+        assert webshop.stored_length(n) == max(k for k in kept if k <= n)
 
 
-def test_search_scores_are_bm25_and_ties_go_by_id(folder):
-    catalogue = webshop.load_catalogue(folder)
-    found = [catalogue.ids[i] for i in catalogue.search(["lamp"])]
-    assert found == [f"B0000001{i:02}" for i in range(25)]  # the same score for all: by id
-    # one word, two documents: the one with two occurrences first, by the formula
-    found = [catalogue.ids[i] for i in catalogue.search(["cotton"])]
-    assert found == ["B000000003", "B000000001"]
-    texts = [
-        webshop.analyze(webshop.document(catalogue.product(i))) for i in range(len(catalogue.ids))
-    ]
+def test_search_is_bm25_by_its_formula_and_ties_go_by_id(tmp_path):
+    rng = random.Random(0)
+    words = "red blue wool cotton shirt lamp kettle sock mug rug".split()
+    texts = [rng.choices(words, range(1, 11), k=rng.choice([0, 3, 9, 60, 150])) for _ in range(300)]
+    texts += texts[:30]
+    ids = rng.sample(range(1000), len(texts))
+    webshop.Index.build(map(" ".join, texts), list(map(str, ids)), tmp_path)
+    index = webshop.Index(tmp_path)
     mean = sum(map(len, texts)) / len(texts)
-    idf = math.log(1 + (len(texts) - 2 + 0.5) / 2.5)
-    index, number = catalogue.index, catalogue.number["B000000003"]
-    frequency = texts[number].count("cotton")
-    norm = 0.9 * (0.6 + 0.4 * webshop.stored_length(len(texts[number])) / mean)
-    expected = idf * frequency / (frequency + norm)
-    term = index.terms["cotton"]
-    at = list(index.docs[index.starts[term] : index.starts[term + 1]]).index(number)
-    weight = index.weights[index.starts[term] + at]
-    assert idf - idf / (1 + weight) == pytest.approx(expected, rel=1e-5)
+
+    def score(text, query):
+        total = 0.0
+        for word in query:
+            n = sum(word in other for other in texts)
+            idf = math.log(1 + (len(texts) - n + 0.5) / (n + 0.5))
+            length = webshop.stored_length(len(text)) / mean
+            f = text.count(word)
+            total += idf * f / (f + 0.9 * (1 - 0.4 + 0.4 * length))
+        return round(total, 5)
+
+    for query in ("red", "red blue", "red red blue", "shirt unknown the mug", "unknown", ""):
+        scores = [score(text, query.split()) for text in texts]
+        best = sorted(
+            (-s, str(i), at) for at, (s, i) in enumerate(zip(scores, ids, strict=True)) if s
+        )
+        for k in (7, 1000):
+            assert index.search(query, k) == [at for _, _, at in best[:k]]
+        assert index.search(query) == [at for _, _, at in best[:50]]
 
 
-def test_pages_of_a_session(shop):
-    task = "Find me shirts with long sleeve with color: red, and size: l, and price lower than"
-    obs = shop.reset()
-    assert obs.text.startswith(f"WebShop [SEP] Instruction: [SEP] {task}")
-    assert (
-        obs.admissible == ("search[<your query>]", "click[search]") and obs.task_type == "fashion"
+def test_what_is_searched_is_the_title_the_description_the_first_bullet_and_the_options():
+    product = webshop.read_product(RAW, {}, [])
+    assert webshop.document(product) == (
+        "red cotton shirt about the red cotton shirt. soft color: red, blue | navy, and size: s, l"
     )
-    obs, *_ = play(shop, "search[red shirt]")
-    assert (
-        "Back to Search [SEP] Page 1 (Total results: 2) [SEP] Next > [SEP] B000000001" in obs.text
+    assert webshop.document(product | {"bullets": [], "options": {}, "description": ""}) == (
+        "red cotton shirt   "
     )
-    obs, *_ = play(shop, "click[b000000001]")
-    item = obs.text
-    assert (
-        "Back to Search [SEP] < Prev [SEP] color [SEP] red [SEP] blue | navy [SEP] size [SEP] s"
-        " [SEP] l [SEP] Red cotton shirt [SEP] Price: $12.5 [SEP] Rating: N.A. [SEP] Description"
-        " [SEP] Features [SEP] Reviews [SEP] Buy Now"
-    ) in item
-    obs, *_ = play(shop, "click[features]")
-    assert obs.text.endswith("< Prev [SEP] soft [SEP] warm & light")
-    assert play(shop, "click[< prev]", "click[red]", "click[l]")[0].text == item
-    obs, reward, done, info = play(shop, "click[buy now]")
-    assert 'options [SEP] {"color": "red", "size": "l"}' in obs.text and obs.admissible == ()
-    assert (reward, done, info) == (1.0, True, {"score": 1.0, "success": True})
-    assert play(shop, "click[buy now]", "search[x]")[0].text == obs.text  # over is over
 
 
-def test_results_turn_pages_and_going_back_clears_the_options(shop):
-    obs, *_ = play(shop, "search[lamp]", "click[next >]", "click[next >]")
-    assert "Page 3 (Total results: 25) [SEP] < Prev [SEP] Next > [SEP] B000000120" in obs.text
-    assert "Page 4" in play(shop, "click[next >]")[0].text  # empty pages beyond the end
-    assert "Page 3" in play(shop, "click[< prev]")[0].text
-    play(shop, "search[shirt]", "click[b000000001]", "click[red]")
-    assert shop.options == {"color": "red"}
-    play(shop, "click[< prev]")
-    assert shop.options == {} and shop.kind == "results"
+def test_the_back_doors_of_a_search(folder):
+    catalogue = webshop.load_catalogue(folder)
+    n = len(catalogue.ids)
+    assert catalogue.search(["<r>", "1", "", "x"]) == random.Random(b"1  x").sample(range(n), n)
+    assert catalogue.search(["<c>", "kitchen"]) == [catalogue.number["B000000004"]]
+    assert catalogue.search(["<q>", "", "lamps", ""]) == list(range(n - 25, n))
+    assert catalogue.search(["<a>", "lamp"]) == [] and len(catalogue.search(["lamp"])) == 25
+    catalogue.ids = ["x"] * 99
+    assert len(catalogue.search(["<r>"])) == 50
+
+
+# --- Catalogue and goals --------------------------------------------------------------------------
+
+RAW = PRODUCTS[0]
+SAID = {"attributes": ["a"], "instruction": "Find", "instruction_attributes": ["b"]}
+
+
+def test_what_is_read_of_a_product():
+    human = HUMAN["B000000001"]
+    assert webshop.read_product(RAW | {"query": " Red Shirts "}, SAID, human) == {
+        "asin": "B000000001",
+        "title": "Red cotton shirt",
+        "description": "About the Red cotton shirt.",
+        "bullets": ["soft", "warm & light"],
+        "prices": [12.5],
+        "price_tag": "$12.5",
+        "options": {"color": ["red", "blue | navy"], "size": ["s", "l"]},
+        "category": "fashion",
+        "query": "red shirts",
+        "product_category": "Clothing › Shirts › Tops",
+        "human": [["i want a shirt.", ["long sleeve"], ["red"]]],
+        **SAID,
+    }
+    assert webshop.read_product({"asin": "B"}, {}, []) == {
+        **dict.fromkeys(("title", "description", "category", "query", "product_category"), ""),
+        **{"asin": "B", "bullets": [], "prices": [100.0], "price_tag": "$100.0", "options": {}},
+        **{"attributes": ["DUMMY_ATTR"], "instruction": None, "instruction_attributes": []},
+        "human": [],
+    }
+    values = [{"value": " 3/4 In "}, {"value": 5}]
+    odd = RAW | {"small_description": "one text", "pricing": "$1,005.50 to $2.", "name": None}
+    odd = webshop.read_product(odd | {"customization_options": {"A": None, "B": values}}, {}, [])
+    assert odd["options"] == {"b": ["3 | 4 in", "5"]} and odd["bullets"] == ["one text"]
+    assert odd["prices"] == [1005.5, 2.0] and odd["price_tag"] == "$1005.5 to $2.0"
+
+
+@pytest.mark.parametrize(
+    "text, prices",
+    [
+        ("", [100.0]),
+        ("5", [100.0]),
+        ("$ $", [100.0]),
+        ("$5", [5.0]),
+        ("from 3 $5.0", [5.0]),
+        ("$.5. to $1,000.25 or $7", [0.5, 1000.25]),
+    ],
+)
+def test_a_price_is_one_number_or_the_ends_of_a_range(text, prices):
+    assert webshop.read_prices(text) == prices
+
+
+def test_a_price_limit_is_one_of_the_second_to_fourth_multiples_of_ten_above_the_price():
+    for price in (0, 9.99, 10, 10.01, 950, 969.99, 970, 979.99, 980, 990, 1e4):
+        above = [m for m in range(10, 1000, 10) if m > price][:4]
+        drawn = {webshop.price_limit(price, random.Random(seed)) for seed in range(99)}
+        assert drawn == (set(above[1:]) or {None})
+
+
+def test_prices_and_limits_are_drawn_in_the_originals_order():
+    """All prices, then the limits of the synthetic goals; those of the human goals start anew."""
+    prices = [[12.5], [5.0, 8.0], [985.0], [31.0], [2.0]]
+    counts = [(4, 2), (None, 1), (1, 0), (0, 1), (2, 0)]
+    rng = random.Random(0)
+    drawn = [12.5, rng.uniform(5.0, 8.0), 985.0, 31.0, 2.0]
+    again = random.Random()
+    again.setstate(rng.getstate())
+
+    def limit(first, rng):
+        return max(rng.sample([first, first + 10.0, first + 20.0, first + 30.0], 2))
+
+    limits = [limit(20.0, rng), None, None, limit(40.0, rng), limit(10.0, rng)]
+    human = [[limit(20.0, again), limit(20.0, again)], [limit(10.0, again)], []]
+    human += [[limit(40.0, again)], []]
+    expected = {"prices": drawn, "limits": limits, "human_limits": human}
+    assert webshop.draw_prices(prices, counts) == expected
+
+
+def test_a_catalogue_is_what_its_files_say(folder):
+    """The first of each id, without ids that are missing or too long."""
+    catalogue = webshop.load_catalogue(folder)
+    raws = {p["asin"]: p for p in reversed(PRODUCTS) if p["asin"] != "nan" and len(p["asin"]) == 10}
+    assert catalogue.ids == sorted(raws)
+    for number, asin in enumerate(catalogue.ids):
+        said = INSTRUCTIONS.get(asin, {}), HUMAN.get(asin, [])
+        assert catalogue.product(number) == webshop.read_product(raws[asin], *said)
+        assert catalogue.number[asin] == number
+    counts = [(4, 1), (1, 0), (1, 0), (None, 0), (None, 0)] + [(None, 0)] * 9 + [(1, 0)] * 16
+    assert list(map(tuple, catalogue.counts)) == counts
+    prices = [catalogue.product(i)["prices"] for i in range(len(counts))]
+    drawn = webshop.draw_prices(prices, counts)
+    kept = (catalogue.prices, catalogue.limits, catalogue.human_limits)
+    assert kept == tuple(drawn.values())
+
+
+def test_goals_are_all_ways_to_choose_and_what_people_wrote(folder):
+    catalogue = webshop.load_catalogue(folder)
+    names = catalogue.goal_names()
+    asins = [catalogue.ids[i] for i in (0, 0, 0, 0, 1, 2, *range(14, 30))]
+    ordered = [f"{a}/{i if a == asins[0] else 0}" for i, a in enumerate(asins)]
+    random.Random(0).shuffle(ordered)
+    assert names == ordered and catalogue.goal_names(human=True) == ["B000000001/human-0"]
+    chosen = [{"color": c, "size": s} for c in ("red", "blue | navy") for s in ("s", "l")]
+    assert [catalogue.goal(f"B000000001/{i}")["goal_options"] for i in range(4)] == chosen
+    common = {
+        "asin": "B000000001",
+        "category": "fashion",
+        "query": "shirts",
+        "name": "Red cotton shirt",
+        "product_category": "Clothing › Shirts › Tops",
+        "attributes": ["long sleeve"],
+    }
+    limit = catalogue.limits[0]
+    text = "Find me shirts with long sleeve with color: blue | navy, and size: s"
+    assert catalogue.goal("B000000001/2") == common | {
+        "instruction_text": f"{text}, and price lower than {limit:.2f} dollars",
+        "price_upper": limit,
+        "goal_options": {"color": "blue | navy", "size": "s"},
+    }
+    limit = catalogue.human_limits[0][0]
+    assert catalogue.goal("B000000001/human-0") == common | {
+        "instruction_text": f"i want a shirt, and price lower than {limit:.2f} dollars",
+        "price_upper": limit,
+        "goal_options": ["red"],
+    }
+    catalogue.limits[1] = None
+    goal = catalogue.goal("B000000002/0")
+    assert goal["instruction_text"] == "Find me shirts with long sleeve"
+    assert goal["price_upper"] == 1000000 and goal["goal_options"] == {}
+
+
+def test_an_eighth_of_the_products_is_held_out_or_verls_first_five_hundred_goals(tmp_path):
+    folder = shop.make_catalogue(tmp_path, 240, seed=0, difficulty=3)
+    webshop.build_cache(folder, folder / "cache")
+    catalogue = webshop.Catalogue(folder / "cache")
+    names = catalogue.goal_names()
+    assert len(names) == 240 * 27
+    assert catalogue.split("test", verl=True) == names[:500]
+    assert catalogue.split("train", verl=True) == names[500:]
+    train, test = catalogue.split("train"), catalogue.split("test")
+    held_out = {name.split("/")[0] for name in names} - {name.split("/")[0] for name in train}
+    assert len(held_out) == 30 and train == [n for n in names if n.split("/")[0] not in held_out]
+    assert test == [n for n in names if n.split("/")[0] in held_out][:500]
+    assert held_out != set(sorted(catalogue.ids)[:30])  # they are drawn
+    catalogue.counts = [(1, 0)] * 5 + [(None, 2)] * 235
+    assert len(catalogue.split("test", verl=True)) == 2 and len(catalogue.split("test")) == 1
+    assert len(catalogue.split("test", human=True)) == 2 * (235 // 8)
+
+
+# --- Reward ---------------------------------------------------------------------------------------
+
+
+def test_rewards_are_the_originals_in_its_recorded_purchases(monkeypatch):
+    """160 made-up ones; in the recording too every word of a title is a noun."""
+    blank = spacy.blank("en")
+    monkeypatch.setattr(webshop, "tagger", lambda: blank)
+    webshop.nouns.cache_clear()
+    for case in json.loads((DATA / "webshop_reward_cases.json").read_text()):
+        bought = case["product"], case["goal"], case["price"], case["chosen"]
+        assert webshop.reward(*bought) == case["reward"], case
+    webshop.nouns.cache_clear()
+
+
+def test_the_kind_of_product_is_judged_by_query_category_and_common_nouns(monkeypatch):
+    """r_type by its definition; nothing is wanted but a price."""
+    monkeypatch.setattr(webshop, "nouns", lambda title: tuple(title.split()))
+    goal = {"query": "q", "product_category": "A › B › C", "attributes": [], "goal_options": {}}
+    categories = {"": 0, "C": 1, " B › X › B": 1, "B›A": 2, "C › B › A": 3}
+    for wanted in range(21):
+        goal["name"] = " ".join(map(str, range(wanted)))
+        for common, category in itertools.product(range(wanted + 1), categories):
+            title = " ".join(map(str, [*range(common), "x", "y"]))
+            texts = {"title": title, "description": "", "bullets": [], "attributes": []}
+            share = Fraction(common, wanted) if wanted else Fraction(1, 5)
+            for query in "qp":
+                product = {"query": query, "product_category": category, **texts}
+                same = query == "q" or categories[category] >= 2 or share > Fraction(1, 5)
+                expected = 1.0 if same else 0.5
+                if share < Fraction(1, 10):
+                    expected = 0.1 if common else 0.0
+                for price in (9.99, 10.0, 10.01):
+                    found = webshop.reward(product, goal | {"price_upper": 10.0}, price, {})
+                    assert found == expected * (price <= 10), (goal, product, price)
+
+
+def test_nouns_are_what_the_tagger_says(monkeypatch):
+    class Word:
+        def __init__(self, text, pos):
+            self.text, self.pos_ = text, pos
+
+    def parse(title):
+        return [Word("Acme", "PROPN"), Word("red", "ADJ"), Word("Shirt", "NOUN"), Word("5", "NUM")]
+
+    parse.pipe_names = ["tagger"]
+    monkeypatch.setattr(webshop, "tagger", lambda: parse)
+    webshop.nouns.cache_clear()
+    assert webshop.nouns("any") == ("acme", "shirt")
+    webshop.nouns.cache_clear()
+
+
+def test_a_match_is_more_than_85_percent_rounded_of_two_texts():
+    for common, other in itertools.product(range(1, 40), range(1, 40)):
+        percent = round(100 * 2 * common / (2 * common + other))
+        assert webshop.matches("a" * common + "b" * other, "a" * common) == (percent > 85)
+    assert webshop.matches("Soft, (WARM) touch", "warm") and webshop.matches("caf\xe9", "caf")
+    assert not webshop.matches("\xe9", "\xe9") and webshop.matches(("size", "l"), ("size", "l"))
+
+
+def test_the_first_color_in_a_value_replaces_it():
+    colors = {"standard": "tan", "dark red": "dark", "b12-rose gold": "gold", "xl": "xl"}
+    for value, color in [*colors.items(), ("Red", "Red"), ("snow-white", "white")]:
+        assert webshop.normalize_color(value) == color
+    assert webshop.normalize_color(("color", "red")) == "red"
+    assert webshop.normalize_color(("color", "black1901")) == ("color", "black1901")
+
+
+# --- Pages and actions ----------------------------------------------------------------------------
+
+
+def test_pages_of_a_session(session):
+    """Every page, what can be clicked there, and the end."""
+    limit = session.goal["price_upper"]
+    task = "Find me shirts with long sleeve with color: red, and size: l, and price lower than "
+    task += f"{limit:.2f} dollars"
+    results = "Page 1 (Total results: 2) | Next > | B000000001 | Red cotton shirt | $12.5 | "
+    results += "B000000003 | Blue cotton shirts and a cotton shirt | $10.0"
+    item = "< Prev | color | red | blue / navy | size | s | l | Red cotton shirt | Price: $12.5 | "
+    item += "Rating: N.A. | Description | Features | Reviews | Buy Now"
+    item_clicks = "< prev,description,features,reviews,buy now,red,blue / navy,s,l"
+    lamps = [f"B0000001{i:02}" for i in range(25)]
+    lamp_texts = [f"{asin} | Plain lamp {i} | $10.0" for i, asin in enumerate(lamps)]
+    pages = {  # page number -> its text and its clicks
+        n: (
+            " | ".join([f"Page {n} (Total results: 25)", *turn, *lamp_texts[10 * n - 10 : 10 * n]]),
+            ",".join([*turn, *lamps[10 * n - 10 : 10 * n]]).lower(),
+        )
+        for n, turn in ((1, ["Next >"]), *((n, ["< Prev", "Next >"]) for n in (2, 3, 4)))
+    }
+    about = "< Prev | About the Red cotton shirt."
+    script = [  # action, the page after "Back to Search", what can be clicked but that
+        ("search[red Cotton shirt]", results, "next >,b000000001,b000000003"),
+        ("click[b000000001]", item, item_clicks),
+        ("click[features]", "< Prev | soft | warm & light", "< prev"),
+        ("click[< prev]", item, item_clicks),
+        ("click[Description]", about, "< prev"),
+        ("click[buy now]", about, "< prev"),  # is not here
+        ("click[< prev]", item, item_clicks),
+        ("click[reviews]", "< Prev", "< prev"),
+        ("search[lamp] please", *pages[1]),
+        ("click[next >]", *pages[2]),
+        ("click[next >]", *pages[3]),
+        ("click[next >]", *pages[4]),  # empty
+        ("click[< prev]", *pages[3]),
+        ("click[b000000124]", None, None),
+        ("click[< prev]", *pages[3]),
+        ("search[red cotton shirt]", results, "next >,b000000001,b000000003"),
+        ("click[b000000001]", item, item_clicks),
+        ("click[s]", item, item_clicks),
+        ("click[red]", item, item_clicks),
+        ("click[L]", item, item_clicks),
+    ]
+    start = session.reset()
+    assert start.text == f"WebShop [SEP] Instruction: [SEP] {task} [SEP] Search"
+    assert start.admissible == ("search[<your query>]", "click[search]")
+    assert (start.task, start.task_type, start.world) == (task, "fashion", "webshop")
+    for action, page, clicks in script:
+        obs, *outcome = session.step(action)
+        assert outcome == [0.0, False, {"score": 0.0, "success": False}]
+        assert obs == dataclasses.replace(start, text=obs.text, admissible=obs.admissible)
+        if page is not None:
+            page = f"Instruction: | {task} | Back to Search | {page}"
+            assert obs.text == page.replace(" | ", " [SEP] ").replace(" / ", " | "), action
+            clicks = f"back to search,{clicks}".replace(" / ", " | ").split(",")
+            assert obs.admissible == tuple(f"click[{name}]" for name in clicks), action
+    obs, *outcome = session.step("click[buy now]")
+    assert outcome == [1.0, True, {"score": 1.0, "success": True}] and obs.admissible == ()
+    options = '{"color": "red", "size": "l"}'
+    end = webshop.DONE_PAGE.format(asin="B000000001", options=options, score="1.0")
+    assert obs.text == end and end.endswith("[SEP] 1.0 [SEP] Reward Details [SEP] None")
+    for action in ("click[buy now]", "search[x]"):  # over is over
+        again, *outcome_again = session.step(action)
+        assert again == obs and outcome_again == outcome
+    assert session.reset() == start and session.options == {}
+
+
+def test_a_purchase_is_of_what_was_chosen_last_and_leaving_a_product_forgets_it(session):
+    play(session, "search[red cotton shirt]", "click[b000000001]", "click[red]", "click[l]")
+    assert session.options == {"color": "red", "size": "l"}
+    play(session, "click[features]", "click[< prev]", "click[s]")
+    assert session.options == {"color": "red", "size": "s"}
+    play(session, "click[< prev]")
+    assert session.options == {} and session.kind == "results"
+    play(session, "click[b000000001]", "click[blue | navy]", "click[back to search]")
+    assert session.options == {} and session.kind == "search"
+    play(session, "search[red cotton shirt]", "click[b000000003]")
+    obs, *outcome = play(session, "click[buy now]")
+    assert outcome == [0.0, True, {"score": 0.5, "success": False}]
+    assert "asin [SEP] B000000003 [SEP] options [SEP] {} [SEP]" in obs.text
+    assert "[SEP] 0.5 [SEP]" in obs.text
 
 
 @pytest.mark.parametrize(
@@ -204,13 +489,13 @@ def test_results_turn_pages_and_going_back_clears_the_options(shop):
         "]][",
     ],
 )
-def test_what_a_page_does_not_offer_changes_nothing(shop, action):
-    before = shop.reset().text
-    obs, reward, done, _ = shop.step(action)
+def test_what_a_page_does_not_offer_changes_nothing(session, action):
+    before = session.reset().text
+    obs, reward, done, _ = session.step(action)
     assert (obs.text, reward, done) == (before, 0.0, False)
 
 
-def test_unusual_searches_are_answered(shop):
+def test_unusual_searches_are_answered(session):
     for query in (
         "x" * 10_000,
         "shirt " * 2_000,
@@ -221,55 +506,14 @@ def test_unusual_searches_are_answered(shop):
         "<c>",
         "!!!",
     ):
-        obs, _, done, _ = shop.step(f"search[{query}]")
+        obs, _, done, _ = session.step(f"search[{query}]")
         assert "Page 1 (Total results: " in obs.text and not done
-    obs, *_ = shop.step("search[SHIRT] please")  # text after the bracket is ignored
+    obs, *_ = session.step("search[SHIRT] please")  # text after the bracket is ignored
     assert "B000000001" in obs.text
 
 
-def test_reward_parts(folder):
-    catalogue = webshop.load_catalogue(folder)
-    goal = catalogue.goal("B000000001/0")  # red, s
-    shirt, socks, kettle = (catalogue.product(i) for i in (0, 1, 3))
-
-    def reward(bought, price, chosen):
-        return webshop.reward(bought, goal, price, chosen)
-
-    right = dict(shirt, attributes=["Long Sleeves"])  # fuzzy match
-    assert reward(right, 12.5, {"color": "red", "size": "s"}) == 1.0
-    assert reward(right, 1e6, {"color": "red", "size": "s"}) == 0.75  # over the price limit
-    assert reward(right, 12.5, {"color": "red"}) == 0.75
-    assert (
-        reward(dict(shirt, attributes=[], title="red long sleeve"), 12.5, {}) == 0.5
-    )  # in the title
-    assert reward(kettle, 12.5, {}) == 0.0  # not one noun in common
-    half = dict(kettle, title="shirt of a kind", attributes=["long sleeve"])
-    assert reward(half, 12.5, {"color": "red", "size": "s"}) == 1.0  # a third of the nouns
-    assert webshop.normalize_color("standard") == "tan" and socks["price_tag"] == "$5.0 to $8.0"
-    assert webshop.normalize_color(("color", "black1901")) == ("color", "black1901")
-
-
-def test_goals_split_by_product_and_verls_way(folder):
-    sizes = {}
-    for rule in ("", ":verl"):
-        train, test = (envs.list_items("webshop", s + rule, folder) for s in ("train", "test"))
-        sizes[rule] = len(train), len(test)
-        names = [{webshop.identity(item, rule) for item in items} for items in (train, test)]
-        assert not names[0] & names[1]
-    assert sum(sizes[""]) == sum(sizes[":verl"]) == 4 + 1 + 1 + 16
-    asins = [
-        {item.split("/")[-2] for item in envs.list_items("webshop", s, folder)}
-        for s in ("train", "test")
-    ]
-    assert not asins[0] & asins[1]
-    (human,) = envs.list_items("webshop", "train:human:verl", folder)
-    goal = envs.make_env("webshop", human).goal
-    assert goal["instruction_text"].startswith("i want a shirt, and price lower than")
-    assert goal["goal_options"] == ["red"] and goal["attributes"] == ["long sleeve"]
-
-
-def test_prompt_quotes_the_page_and_falls_back_without_history(shop):
-    obs, *_ = play(shop, "search[lamp]")
+def test_prompt_quotes_the_page_and_falls_back_without_history(session):
+    obs, *_ = play(session, "search[lamp]")
     prompt = envs.build_prompt(obs, [("seen", "did")], [("shopping", "compare prices")])
     assert f"Your task is to: {obs.task}." in prompt and "- When shopping: compare prices" in prompt
     assert "observe: 'Back to Search' [SEP] 'Page 1 (Total results: 25)'" in prompt
@@ -280,22 +524,20 @@ def test_prompt_quotes_the_page_and_falls_back_without_history(shop):
 
 
 @pytest.mark.parametrize("piece", ["_", "y", "a'", "1,", "[", "]", " ", "❤️", "\ud800", "shirt "])
-def test_a_step_is_linear_in_the_length_of_the_action(shop, piece):
+def test_a_step_is_linear_in_the_length_of_the_action(session, piece):
     """Underscores cost their number squared: eleven seconds at 16,000."""
     start = time.perf_counter()
     for action in (f"search[{piece * 10_000}]", piece * 10_000, f"click[{piece * 10_000}]"):
-        shop.step(action)
+        session.step(action)
     assert time.perf_counter() - start < 2
 
 
-def test_a_token_of_more_than_255_characters_is_cut_as_in_lucene():
-    assert [len(term) for term in webshop.analyze("x" * 600)] == [255, 255, 90]
-
-
-def test_half_a_character_in_a_search_is_answered(shop):
+def test_half_a_character_in_a_search_is_answered(session):
     for action in ("search[<r> \ud800]", "search[\ud800]", "search[<c> \ud800]"):
-        assert "Total results" in shop.step(action)[0].text
+        assert "Total results" in session.step(action)[0].text
 
+
+# --- Damaged files --------------------------------------------------------------------------------
 
 WRONG = {  # what one product, or what the other file says of it, may not be
     "no object": 5,
