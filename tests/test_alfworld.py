@@ -1,5 +1,6 @@
 """The ALFWorld engine and its files. `python -m tests.certify_alfworld` is the full comparison."""
 
+import gzip
 import itertools
 import json
 import random
@@ -12,24 +13,46 @@ from conftest import SHARED
 
 import envs
 from config import UserError
-from tests import certify_alfworld
+from tests import certify_alfworld, record_games
 from tests.faults import damaged_worlds
-from worlds import alfworld, household
+from worlds import Observation, alfworld, household
+
+RECORDED = json.loads(gzip.decompress(record_games.FILE.read_bytes()))
 
 
-def test_fast_engine_equals_stock_alfworld_on_generated_games(games):
-    """A game of each type, its walkthrough mixed with random and malformed actions."""
-    rng = random.Random(0)
-    seen = set()
-    for path in envs.list_items("alfworld", "valid_seen", games):
-        if alfworld.task_type_of(path) not in seen:
-            seen.add(alfworld.task_type_of(path))
-            differences = [d for _, d in certify_alfworld.play_both(path, rng, steps=10) if d]
-            assert not differences, f"{path}: {differences[0]}"
-    assert len(seen) == 6
+@pytest.fixture
+def stock():
+    pytest.importorskip(
+        "textworld",
+        reason="the stock engine is not here; it needs a compiler: pip install textworld",
+    )
+
+
+def recorded_game(number) -> alfworld.Game:
+    return alfworld.parse_game(RECORDED[number]["file"], RECORDED[number]["path"])
+
+
+@pytest.mark.parametrize("number", range(len(RECORDED)))
+def test_fast_engine_equals_the_recorded_games_of_stock_alfworld(number):
+    """`python -m tests.record_games` recorded them: observation, actions, reward and end."""
+    recorded = RECORDED[number]
+    game = alfworld.AlfWorld(recorded_game(number))
+    for action, text, admissible, reward, done in recorded["steps"]:
+        result = game.reset() if action is None else game.step(action)
+        task_type = alfworld.task_type_of(recorded["path"])
+        obs = Observation(text, recorded["task"], task_type, tuple(admissible))
+        expected = (obs, reward, done, {"success": done, "score": reward})
+        assert result == (obs if action is None else expected), action
+
+
+@pytest.mark.usefixtures("stock")
+def test_the_stock_engine_still_plays_what_was_recorded():
+    again = json.loads(json.dumps(record_games.record(1, length=20)))
+    assert again == RECORDED[1] | {"steps": RECORDED[1]["steps"][:21]}
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not here")
+@pytest.mark.usefixtures("stock")
 def test_fast_engine_equals_stock_alfworld_on_real_games(tmp_path):
     """A game of each type, the smallest of the first: the stock engine's time grows with it."""
     smallest = {}
@@ -109,6 +132,7 @@ def change(path, out, **changes):
     return str(target)
 
 
+@pytest.mark.usefixtures("stock")
 def test_code_in_a_grammar_runs_only_where_the_game_is_trusted(games, tmp_path):
     """The stock package evaluates what stands in braces, in the task as in any other sentence."""
     path = envs.list_items("alfworld", "train", games)[0]
@@ -131,6 +155,7 @@ def test_code_in_a_grammar_runs_only_where_the_game_is_trusted(games, tmp_path):
         envs.make_env("alfworld", item, "textworld")
 
 
+@pytest.mark.usefixtures("stock")
 def test_an_engine_that_was_checked_plays_what_was_checked(games, tmp_path, monkeypatch):
     """A file exchanged after the check would run its code: it is read once."""
     reads = []
