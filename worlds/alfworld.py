@@ -396,7 +396,7 @@ class AlfWorld:
         quirk of the grammar).
         """
         game = self.game
-        here = game.at.get(self.location, ())
+        here = game.at.get(self.location)
         if not here:
             everywhere = sorted(r for receptacles in game.at.values() for r in receptacles)
             room = listing(game.name[r] for r in everywhere) if intro else "nothing"
