@@ -60,7 +60,7 @@ def furnish(data: dict, rng: random.Random) -> dict:
         extras[f"{target}_bar_0"] = "isHot isCool isClean"
     for o, traits in extras.items():
         own = o == f"{target}_bar_0" and re.search("isHot|isCool|isClean", goal)
-        there = [r for r in receptacles if types[r] in place] if own else receptacles
+        there = [r for r in receptacles if types[r] in place] if own else receptacles[2:]
         r = rng.choice(there)
         kind = target if o == f"{target}_bar_0" else f"{o.split('_')[0]}Type"
         facts += [f"(objectType {o} {kind})", f"(inReceptacle {o} {r})"]
@@ -83,7 +83,7 @@ def draw_action(obs, rng) -> str:
     for action in obs.admissible:
         by_verb[action.split()[0]].append(action)
     verb = rng.choice([verb for verb in by_verb for _ in range(1 if verb in DULL else 4)])
-    near = [a for a in by_verb[verb] if re.search("go to (sink|micro|frid)|with", a)]
+    near = [a for a in by_verb[verb] if re.search("go to (sink|micro|frid)|with|candle", a)]
     near = near if rng.random() < 0.7 else []
     return rng.choice(MALFORMED if rng.random() < 0.05 else near or by_verb[verb])
 

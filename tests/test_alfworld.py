@@ -5,8 +5,10 @@ import itertools
 import json
 import random
 import re
+import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import SHARED
@@ -115,16 +117,6 @@ def test_same_item_is_the_same_game_and_games_are_independent(games):
     assert a.reset() == untouched.reset() and not a.won  # a reset forgets what was done
 
 
-def test_no_data_folder_and_empty_split_name_the_remedy(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="ALFWORLD_DATA"):
-        envs.list_items("alfworld", "train", tmp_path)
-    (tmp_path / "json_2.1.1" / "train").mkdir(parents=True)
-    with pytest.raises(UserError, match="no game.tw-pddl"):
-        envs.list_items("alfworld", "train", tmp_path)
-    with pytest.raises(UserError, match="choose one of"):
-        envs.list_items("alfworld", "test", tmp_path)
-
-
 def change(path, out, **changes):
     target = out / "pick_and_place_simple-Mug-None-Shelf-1" / "trial" / "game.tw-pddl"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -167,92 +159,64 @@ def test_an_engine_that_was_checked_plays_what_was_checked(games, tmp_path, monk
     assert reads == [path]
 
 
-def goal_of(problem, kind):
-    """The types of the goal, in order: object and place, or lamp and object."""
-    return re.findall(rf"{kind} \?\w+ (\w+)\)", problem.split("(:goal")[1])
+PLAIN = "pddl_domain, grammar, pddl_problem or walkthrough is no plain text"
+PARTS = "its problem has no start or no goal"
+NOWHERE = "the agent is nowhere, or in two places"
+NO_FACT = "its start holds something that is no fact"
+GOAL = "(?=[^:]*$)"  # what comes before it is in the goal
+DAMAGED = [  # number of a recorded game, its field, what in it becomes what, what the error says
+    (0, "pddl_domain", None, None, PLAIN),
+    (0, "grammar", None, [], PLAIN),
+    (0, "pddl_problem", "agent1", "agent\ud800", PLAIN),
+    (0, "walkthrough", None, 5, PLAIN),
+    (0, "walkthrough", None, [1], PLAIN),
+    (0, "grammar", "Your task", "Your tusk", "no task of plain words in its grammar"),
+    (0, "pddl_problem", r"\(:goal", "", PARTS),
+    (0, "pddl_problem", r"\(:init", "(:init(:init", PARTS),
+    (0, "pddl_problem", r"(\(atLocation)", r"\1 x", r"\(atLocation x .*\) is no fact of this game"),
+    (0, "pddl_problem", r"\(atLocation", "(at", r"\(at agent1 .*\) is no fact of this game"),
+    (0, "pddl_problem", r"Fork\S* - object", "", r"\(\w+ Fork.*\) is no fact of this game"),
+    (0, "pddl_problem", r"\(:init", "(:init \x1b[2J", NO_FACT),
+    (0, "pddl_problem", r"\(openable", "((openable", NO_FACT),
+    (0, "pddl_problem", r"\(atLocation .*\)", "", NOWHERE),
+    (
+        0,
+        "pddl_problem",
+        r"\(atLocation agent1 .*0\)",
+        r"\g<0>(atLocation agent1 loc_bar_0_bar_1_bar_0_bar_60)",
+        NOWHERE,
+    ),
+    (3, "pddl_problem", r"\(receptacleType \w+ MicrowaveType\)", "", "no place to heat what .*"),
+    (3, "pddl_problem", r"\(heatable \w+\)", "", "its goal needs mugtype and fridgetype, .*"),
+    (3, "pddl_problem", "MugType" + GOAL, "MyType", "its goal needs mytype and .*"),
+    (3, "pddl_problem", "FridgeType" + GOAL, "BedType", "its goal needs mugtype and bedtype, .*"),
+    (1, "pddl_problem", "FloorLampType" + GOAL, "DeskLampType", "its goal needs .* desklamptype.*"),
+    (5, "pddl_problem", r"\(objectType \w+ PlateType\)", "", "its goal needs .*"),
+    (5, "pddl_problem", r"(\?o1) PlateType", r"\1 ForkType", "its goal names two kinds of .*"),
+    (
+        5,
+        "pddl_problem",
+        r"DeskType\)(\s+\(inReceptacle \?o1)",
+        r"BedType)\1",
+        "its goal names two kinds of .*",
+    ),
+    (0, "pddl_problem", "ForkType" + GOAL, "BreadType", "its goal is reached at the start"),
+]
 
 
-@pytest.mark.parametrize("number", range(6))
-def test_a_goal_of_what_is_not_in_the_room_is_refused(games, tmp_path, number):
-    """It could never be won, and the whole group would learn nothing."""
-    name, data, _ = household.make_game(list(household.ROOMS_OF)[number], random.Random(1), 7)
-    problem = data["pddl_problem"]
-    init, goal = problem.split("(:goal")
-    for old in {*goal_of(problem, "objectType"), *goal_of(problem, "receptacleType")}:
-        other = {**data, "pddl_problem": f"{init}(:goal{goal.replace(old, 'WindowType')}"}
-        with pytest.raises(UserError, match="its goal needs .* not there"):
-            alfworld.parse_game(other, f"{name}/game.tw-pddl")
-
-
-def test_a_goal_without_its_appliance_or_its_second_object_is_refused():
-    name, data, _ = household.make_game("pick_heat_then_place_in_recep", random.Random(1), 7)
-    for pattern, message in (
-        (r"\(receptacleType \w+ MicrowaveType\)", "no place to heat"),
-        (r"\(heatable \w+\)", "goal needs"),
-    ):
-        problem = re.sub(pattern, "", data["pddl_problem"])
-        assert problem != data["pddl_problem"]
-        with pytest.raises(UserError, match=message):
-            alfworld.parse_game({**data, "pddl_problem": problem}, f"{name}/game.tw-pddl")
-    name, data, _ = household.make_game("pick_two_obj_and_place", random.Random(0), 0)
-    (kind, *_) = goal_of(data["pddl_problem"], "objectType")
-    one = re.sub(rf"\(objectType \w+ {kind}\)", "", data["pddl_problem"], count=1)
-    with pytest.raises(UserError, match="goal needs"):
-        alfworld.parse_game({**data, "pddl_problem": one}, f"{name}/game.tw-pddl")
-
-
-def test_a_goal_that_is_reached_at_the_start_is_refused():
-    """Any first action would be rewarded."""
-    name, data, _ = household.make_game("pick_and_place_simple", random.Random(0), 0)
-    problem = data["pddl_problem"]
-    (kind,), (place,) = goal_of(problem, "objectType"), goal_of(problem, "receptacleType")
-    mug = re.search(rf"\(objectType (\S+) {kind}\)", problem).group(1)
-    shelf = re.search(rf"\(receptacleType (\S+) {place}\)", problem).group(1)
-    done = re.sub(rf"\(inReceptacle {mug} \S+\)", f"(inReceptacle {mug} {shelf})", problem)
-    with pytest.raises(UserError, match="reached at the start"):
-        alfworld.parse_game({**data, "pddl_problem": done}, f"{name}/game.tw-pddl")
-
-
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        ("(atLocation agent1", "(atLocation agent1 loc_bar_9"),  # an argument too many
-        ("(receptacleAtLocation ", "(receptacleAtLocation x"),  # an id that is not declared
-        ("(objectType ", "(objectTypes "),  # a predicate that is not known
-        ("(pickupable ", "(pickupable (pickupable "),  # brackets
-        (" - object", " - objects"),
-        ("(:init", "(:init \x1b[2J"),
-        ("(:goal", ""),
-        ("(atLocation agent1 loc_bar_0_bar_0_bar_0_bar_30)", ""),
-    ],
-)
-def test_a_damaged_problem_is_refused_when_it_is_opened(old, new):
-    """Found only in a step, it would end the rollout of all games."""
-    name, data, _ = household.make_game("pick_and_place_simple", random.Random(0), 0)
-    assert old in data["pddl_problem"]
-    problem = data["pddl_problem"].replace(old, new, 1)
-    with pytest.raises(UserError, match="damaged") as error:
-        alfworld.parse_game({**data, "pddl_problem": problem}, f"{name}/game.tw-pddl")
-    assert name in str(error.value) and str(error.value).isprintable()
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("pddl_domain", 5),
-        ("grammar", []),
-        ("pddl_problem", None),
-        ("walkthrough", 5),
-        ("walkthrough", [1]),
-        ("pddl_domain", "\ud800"),
-    ],
-)
-def test_a_field_of_another_type_is_refused_when_it_is_opened(field, value):
-    name, data, _ = household.make_game("pick_and_place_simple", random.Random(0), 0)
-    with pytest.raises(UserError, match="damaged"):
-        alfworld.parse_game({**data, field: value}, f"{name}/game.tw-pddl")
-    with pytest.raises(UserError, match="damaged"):
-        alfworld.parse_game([data], f"{name}/game.tw-pddl")
+@pytest.mark.parametrize("number, field, old, new, said", DAMAGED)
+def test_a_damaged_game_is_refused_when_it_is_opened(number, field, old, new, said):
+    """Found only in a step, it would end the rollout of all games; never won, teach nothing."""
+    path = RECORDED[number]["path"]
+    file = dict(RECORDED[number]["file"])
+    whole = file[field]
+    file[field] = new if old is None else re.sub(old, new, whole)
+    assert file[field] != whole
+    with pytest.raises(UserError) as error:
+        alfworld.parse_game(file, path)
+    remedy = "; delete it or download it again"
+    assert re.fullmatch(f"{path}: damaged game file, {said}{remedy}", str(error.value))
+    assert str(error.value).isprintable()
 
 
 def test_damaged_games_shops_and_caches_are_refused_or_play_on():
@@ -261,25 +225,105 @@ def test_damaged_games_shops_and_caches_are_refused_or_play_on():
     assert outcome["cache", "playable"] == 30
 
 
-def test_corrupt_unsolvable_and_foreign_games_are_refused_by_name(games, tmp_path):
-    path = envs.list_items("alfworld", "train", games)[0]
-    alfworld.load_game.cache_clear()
-    with pytest.raises(UserError, match="unsolvable"):
-        alfworld.load_game(change(path, tmp_path, solvable=False))
-    domain = json.loads(Path(path).read_text())["pddl_domain"]
-    foreign = domain.replace("(isClean ?o)\n", "(isHot ?o)\n", 1)
-    for broken in ({"pddl_problem": "(define"}, {"grammar": None}, {"grammar": "no task"}):
-        alfworld.load_game.cache_clear()
-        with pytest.raises(UserError, match="damaged"):
-            alfworld.load_game(change(path, tmp_path, **broken))
-    alfworld.load_game.cache_clear()
-    with pytest.raises(UserError, match="--engine textworld"):
-        alfworld.load_game(change(path, tmp_path, pddl_domain=foreign))
-    truncated = tmp_path / "game.tw-pddl"
-    truncated.write_text(Path(path).read_text()[:5000])
+def test_foreign_unsolvable_and_broken_files_are_refused_by_name(games, tmp_path):
+    path = RECORDED[0]["path"]
+    file = RECORDED[0]["file"]
+    with pytest.raises(UserError, match="no JSON object") as error:
+        alfworld.parse_game([file], path)
+    assert path in str(error.value)
+    with pytest.raises(UserError, match=f"{path}: marked unsolvable"):
+        alfworld.parse_game(file | {"solvable": False}, path)
+    with pytest.raises(UserError, match=r"x/y: its folder must be .*'pick_heat_then_place"):
+        alfworld.parse_game(file, "x/y")
+    shorter = {
+        name: value for name, value in file.items() if name not in ("solvable", "walkthrough")
+    }
+    game = alfworld.parse_game(shorter, Path(path))  # neither is needed
+    assert (game.path, game.walkthrough, game.task_type) == (path, [], "pick")
+    for field, old, new in (
+        ("pddl_domain", "(isClean ?o)\n", "(isHot ?o)\n"),
+        ("grammar", "You are carrying", "You carry"),
+        ("pddl_problem", "(inReceptacle ?o ?r)", "(inReceptacle ?r ?o)"),
+    ):
+        assert file[field].count(old)
+        with pytest.raises(UserError, match="--engine textworld-trusted, but that runs the code"):
+            alfworld.parse_game(file | {field: file[field].replace(old, new, 1)}, path)
+    (tmp_path / "half").write_text('{"grammar": ')
     with pytest.raises(UserError, match="not readable as JSON"):
-        alfworld.load_game(str(truncated))
+        envs.make_env("alfworld", tmp_path / "half")
     with pytest.raises(UserError, match="no such file"):
-        alfworld.load_game(str(tmp_path / "nothing"))
+        envs.make_env("alfworld", tmp_path / "nothing")
     with pytest.raises(UserError, match="--engine x: choose"):
         envs.make_env("alfworld", path, "x")
+
+
+class StandIn:
+    """For the stock package: what it was given, and what it says."""
+
+    def __init__(self, env, shuffle):
+        assert shuffle is False
+        self.given = [env]
+        self.says = "-= Welcome to TextWorld, ALFRED! =-\n\nA room. =-\n\nYour task is to: look up."
+
+    def load(self, data):
+        if data["walkthrough"] == ["broken"]:
+            raise SystemExit("x\n" * 200)
+        self.given.append(data)
+
+    def reset(self):
+        return SimpleNamespace(feedback=self.says, admissible_commands=["go", "help", "look"])
+
+    def step(self, action):
+        return SimpleNamespace(feedback=action, admissible_commands=["help"]), 1, True
+
+
+def test_the_stock_engine_gets_the_file_that_was_checked_and_speaks_as_ours(tmp_path, monkeypatch):
+    """With a stand-in, so that this is tested without it too."""
+    parents = ["alfworld.agents", "alfworld.agents.environment"]
+    stock = {name: SimpleNamespace() for name in parents} | {
+        "textworld": SimpleNamespace(EnvInfos=lambda **kinds: kinds),
+        "textworld.envs": SimpleNamespace(PddlEnv=lambda infos: infos),
+        "alfworld.agents.environment.alfred_tw_env": SimpleNamespace(AlfredDemangler=StandIn),
+    }
+    for name, module in stock.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    path = tmp_path / RECORDED[4]["path"]
+    path.parent.mkdir(parents=True)
+    file = RECORDED[4]["file"]
+    foreign = {**file, "grammar": file["grammar"].replace("You are carrying", "You carry")}
+    for content, engine in ((file, "textworld"), (foreign, "textworld-trusted")):
+        path.write_text(json.dumps(content))
+        game = envs.make_env("alfworld", str(path), engine)
+        assert game.env.given == [{"won": True, "admissible_commands": True}, content]
+    with pytest.raises(UserError, match="not ALFWorld's own"):
+        envs.make_env("alfworld", str(path), "textworld")
+    start = Observation(
+        "A room. =-\n\nYour task is to: look up.", "look up", "cool", ("go", "look")
+    )
+    assert game.reset() == start
+    after = Observation("help", "look up", "cool", ())
+    assert game.step("help") == (after, 1.0, True, {"success": True, "score": 1.0})
+    path.write_text(json.dumps(file | {"walkthrough": ["broken"]}))
+    with pytest.raises(UserError) as error:
+        envs.make_env("alfworld", str(path), "textworld")
+    reason = ("SystemExit " + "x " * 200)[:200]
+    said = f"{path}: damaged game file, the stock package cannot read it ({reason});"
+    assert str(error.value).startswith(said)
+
+
+def test_a_split_is_its_games_in_order_without_those_that_stock_leaves_out(tmp_path):
+    folder = tmp_path / "json_2.1.1" / "train"
+    names = ["b/t2", "b/t1", "a/t", "pick-movable_recep-1/t", "pick-AppleSliced-None/t", "c/sub/t"]
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "game.tw-pddl").touch()
+    (folder / "a" / "t" / "other.tw-pddl").touch()
+    games = alfworld.list_items(tmp_path, "train")
+    assert games == [f"{folder}/{name}/game.tw-pddl" for name in ("a/t", "b/t1", "b/t2")]
+    assert [alfworld.item_name(game) for game in games] == ["a/t", "b/t1", "b/t2"]
+    assert alfworld.identity(games[0], "train") == "a/t"
+    (tmp_path / "json_2.1.1" / "file").touch()
+    with pytest.raises(UserError, match=r"choose one of \['train'\], run alfworld-download"):
+        alfworld.list_items(tmp_path, "test")
+    with pytest.raises(UserError, match="for --env alfworld: run alfworld-download, .* ALFWORLD_D"):
+        envs.list_items("alfworld", "train", tmp_path / "nothing")
