@@ -7,8 +7,10 @@ import lzma
 import math
 import os
 import random
+import re
 import tarfile
 import time
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -129,11 +131,12 @@ def test_search_is_bm25_by_its_formula_and_ties_go_by_id(tmp_path):
     webshop.Index.build(map(" ".join, texts), list(map(str, ids)), tmp_path)
     index = webshop.Index(tmp_path)
     mean = sum(map(len, texts)) / len(texts)
+    having = Counter(word for text in texts for word in set(text))
 
     def score(text, query):
         total = 0.0
         for word in query:
-            n = sum(word in other for other in texts)
+            n = having[word]
             idf = math.log(1 + (len(texts) - n + 0.5) / (n + 0.5))
             length = webshop.stored_length(len(text)) / mean
             f = text.count(word)
@@ -300,6 +303,23 @@ def test_goals_are_all_ways_to_choose_and_what_people_wrote(folder):
     assert goal["price_upper"] == 1000000 and goal["goal_options"] == {}
 
 
+def test_the_name_of_a_split_says_whose_goals_and_whose_rule(folder):
+    catalogue = webshop.load_catalogue(folder)
+    for name, human, verl in itertools.product(("train", "test"), (False, True), (False, True)):
+        split = name + ":human" * human + ":verl" * verl
+        goals = catalogue.split(name, human, verl)
+        if not goals:
+            with pytest.raises(UserError, match="no goals in"):
+                envs.list_items("webshop", split, folder)
+            continue
+        items = envs.list_items("webshop", split, folder)
+        assert items == [f"{folder}/{goal}" for goal in goals]
+        assert [webshop.item_name(item) for item in items] == goals
+        kept = [webshop.identity(item, split) for item in items]
+        assert kept == [goal if verl else goal.split("/")[0] for goal in goals]
+        assert envs.make_env("webshop", items[0]).goal == catalogue.goal(goals[0])
+
+
 def test_an_eighth_of_the_products_is_held_out_or_verls_first_five_hundred_goals(tmp_path):
     folder = shop.make_catalogue(tmp_path, 240, seed=0, difficulty=3)
     webshop.build_cache(folder, folder / "cache")
@@ -386,6 +406,14 @@ def test_the_first_color_in_a_value_replaces_it():
 
 
 # --- Pages and actions ----------------------------------------------------------------------------
+
+
+def test_a_command_is_parsed_as_by_the_originals_regular_expression():
+    for characters in itertools.chain(*(itertools.product("aB[]\n", repeat=n) for n in range(7))):
+        action = "".join(characters)
+        found = re.match(r"(.+)\[(.+)\]", action)
+        expected = (found[1], found[2].lower()) if found else (action, "")
+        assert webshop.parse_command(action) == expected
 
 
 def test_pages_of_a_session(session):
