@@ -14,6 +14,7 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import spacy
 from conftest import SHARED
@@ -130,6 +131,7 @@ def test_search_is_bm25_by_its_formula_and_ties_go_by_id(tmp_path):
     ids = rng.sample(range(1000), len(texts))
     webshop.Index.build(map(" ".join, texts), list(map(str, ids)), tmp_path)
     index = webshop.Index(tmp_path)
+    assert index.weights.dtype == np.float32  # so that ties are ties
     mean = sum(map(len, texts)) / len(texts)
     having = Counter(word for text in texts for word in set(text))
 
@@ -349,6 +351,9 @@ def test_rewards_are_the_originals_in_its_recorded_purchases(monkeypatch):
     for case in json.loads((DATA / "webshop_reward_cases.json").read_text()):
         bought = case["product"], case["goal"], case["price"], case["chosen"]
         assert webshop.reward(*bought) == case["reward"], case
+    product, goal = case["product"] | {"bullets": ["Very soft", "touch"]}, case["goal"]
+    goal |= {"name": product["title"], "attributes": ["soft touch"], "goal_options": []}
+    assert webshop.reward(product, goal, 0.0, {}) == 1.0  # it may run over two bullets
     webshop.nouns.cache_clear()
 
 
@@ -480,6 +485,8 @@ def test_pages_of_a_session(session):
         again, *outcome_again = session.step(action)
         assert again == obs and outcome_again == outcome
     assert session.reset() == start and session.options == {}
+    bare = webshop.WebShop(session.goal | {"category": ""}, session.catalogue)
+    assert bare.reset().task_type == "all"
 
 
 def test_a_purchase_is_of_what_was_chosen_last_and_leaving_a_product_forgets_it(session):
@@ -496,6 +503,11 @@ def test_a_purchase_is_of_what_was_chosen_last_and_leaving_a_product_forgets_it(
     assert outcome == [0.0, True, {"score": 0.5, "success": False}]
     assert "asin [SEP] B000000003 [SEP] options [SEP] {} [SEP]" in obs.text
     assert "[SEP] 0.5 [SEP]" in obs.text
+    session.reset()
+    play(session, "search[red cotton shirt]", "click[b000000003]")
+    session.options = {"b": "<z> & 'y'", "a": "é"}  # written as the original's template does
+    text = play(session, "click[buy now]")[0].text
+    assert r'{"a": "\u00e9", "b": "\u003cz\u003e \u0026 \u0027y\u0027"}' in text
 
 
 @pytest.mark.parametrize(
