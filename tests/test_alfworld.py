@@ -307,6 +307,8 @@ def test_the_stock_engine_gets_the_file_that_was_checked_and_speaks_as_ours(tmp_
         "A room. =-\n\nYour task is to: look up.", "look up", "cool", ("go", "look")
     )
     assert game.reset() == start
+    game.env.says = game.env.says.split("\n\n", 1)[1].replace(" =-", "")  # without a header
+    assert game.reset().text == "A room.\n\nYour task is to: look up."
     after = Observation("help", "look up", "cool", ())
     assert game.step("help") == (after, 1.0, True, {"success": True, "score": 1.0})
     path.write_text(json.dumps(file | {"walkthrough": ["broken"]}))
