@@ -628,8 +628,6 @@ class WebShop:
         """Start at the search page, always the same -> what the agent sees first."""
         self.done = False
         self.score = 0.0
-        self.words = None  # of the last search
-        self.number = 1  # of its page
         self.open_search()
         return self.observe()
 
@@ -638,7 +636,7 @@ class WebShop:
         verb, target = parse_command(action)
         if verb == "search" and target and not self.done:  # with or without a search bar
             self.words = target.split(" ")
-            self.number = 1
+            self.number = 1  # of the page
             self.open_results()
         elif verb == "click" and target in self.clickables and target != "search":
             self.click(target)
