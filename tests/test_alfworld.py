@@ -269,7 +269,7 @@ class StandIn:
     def __init__(self, env, shuffle):
         assert shuffle is False
         self.given = [env]
-        self.says = "-= Welcome to TextWorld, ALFRED! =-\n\nA room. =-\n\nYour task is to: look up."
+        self.says = "-= Welcome to TextWorld, ALFRED! =-\n\nYour task is to: =-\n\nYour task is to: look up."
 
     def load(self, data):
         if data["walkthrough"] == ["broken"]:
@@ -308,7 +308,7 @@ def test_the_stock_engine_gets_the_file_that_was_checked_and_speaks_as_ours(tmp_
     )
     assert game.reset() == start
     game.env.says = game.env.says.split("\n\n", 1)[1].replace(" =-", "")  # without a header
-    assert game.reset().text == "A room.\n\nYour task is to: look up."
+    assert game.reset().text == "Your task is to:\n\nYour task is to: look up."
     after = Observation("help", "look up", "cool", ())
     assert game.step("help") == (after, 1.0, True, {"success": True, "score": 1.0})
     path.write_text(json.dumps(file | {"walkthrough": ["broken"]}))
