@@ -269,7 +269,8 @@ class StandIn:
     def __init__(self, env, shuffle):
         assert shuffle is False
         self.given = [env]
-        self.says = "-= Welcome to TextWorld, ALFRED! =-\n\nYour task is to: =-\n\nYour task is to: look up."
+        task = "Your task is to: =-\n\nYour task is to: look up."
+        self.says = "-= Welcome to TextWorld, ALFRED! =-\n\n" + task
 
     def load(self, data):
         if data["walkthrough"] == ["broken"]:
@@ -303,9 +304,8 @@ def test_the_stock_engine_gets_the_file_that_was_checked_and_speaks_as_ours(tmp_
         assert game.env.given == [{"won": True, "admissible_commands": True}, content]
     with pytest.raises(UserError, match="not ALFWorld's own"):
         envs.make_env("alfworld", str(path), "textworld")
-    start = Observation(
-        "A room. =-\n\nYour task is to: look up.", "look up", "cool", ("go", "look")
-    )
+    text = "Your task is to: =-\n\nYour task is to: look up."
+    start = Observation(text, "look up", "cool", ("go", "look"))
     assert game.reset() == start
     game.env.says = game.env.says.split("\n\n", 1)[1].replace(" =-", "")  # without a header
     assert game.reset().text == "Your task is to:\n\nYour task is to: look up."
