@@ -72,7 +72,7 @@ INSTRUCTIONS = {
 HUMAN = {
     "B000000001": [
         {
-            "instruction": "i want a shirt.",
+            "instruction": "i want shirt X.",
             "instruction_attributes": ["long sleeve"],
             "instruction_options": ["red"],
         },
@@ -194,7 +194,7 @@ def test_what_is_read_of_a_product():
         "category": "fashion",
         "query": "red shirts",
         "product_category": "Clothing › Shirts › Tops",
-        "human": [["i want a shirt.", ["long sleeve"], ["red"]]],
+        "human": [["i want shirt X.", ["long sleeve"], ["red"]]],
         **SAID,
     }
     assert webshop.read_product({"asin": "B"}, {}, []) == {
@@ -286,7 +286,7 @@ def test_goals_are_all_ways_to_choose_and_what_people_wrote(folder):
     }
     limit = catalogue.human_limits[0][0]
     assert catalogue.goal("B000000001/human-0") == common | {
-        "instruction_text": f"i want a shirt, and price lower than {limit:.2f} dollars",
+        "instruction_text": f"i want shirt X, and price lower than {limit:.2f} dollars",
         "price_upper": limit,
         "goal_options": ["red"],
     }
