@@ -124,7 +124,7 @@ def build_prompt(obs: Observation, history=(), skills=(), keep: int = 2) -> str:
     return "\n".join(parts)
 
 
-def build_mining_prompt(task, task_type, steps, known=(), obs_chars=200, env="alfworld") -> str:
+def build_mining_prompt(task, task_type, steps, known, obs_chars, env) -> str:
     """The user message that asks the policy for a skill from an episode it solved.
 
     steps      [(observation text, action), ...] of the episode; texts are cut to `obs_chars`

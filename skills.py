@@ -146,8 +146,7 @@ class SkillBank:
         skill.utility += self.config.ema * (delta - skill.utility)
         skill.n += 1
         skill.deltas.append(round(delta, 4))
-        unproven = skill.n < self.config.n_eval or "validation" in self.config.without
-        if unproven or skill.status == "retired":
+        if skill.n < self.config.n_eval or "validation" in self.config.without:
             return
         skill.below = skill.below + 1 if skill.utility < 0 else 0
         if skill.below >= 2:

@@ -54,32 +54,60 @@ def test_an_unknown_world_is_a_clear_error():
 OBS = Observation("You see a desk 1.", "put a mug in desk", "pick", ("go to desk 1", "look"))
 
 
-def test_prompt_fields_and_order():
+SKILLS = [("it is dark", "use the lamp"), ("it is late", "hurry")]
+ACT = (
+    "Reason first, inside <think> </think>. Then choose one of the admissible actions and give it "
+    "inside <action> </action>."
+)
+
+
+def test_prompts_of_the_household_are_these():
+    """Trained policies know this form."""
+    first = f"""\
+You are an agent in a household, playing the text game ALFWorld.
+You observe: You see a desk 1.
+Admissible actions: ['go to desk 1'
+'look']
+{ACT}"""
+    assert build_prompt(OBS) == first
     history = [("alpha", "a"), ("beta", "b"), ("gamma", "c")]
-    prompt = build_prompt(OBS, history, [("it is dark", "use the lamp")])
-    order = [
-        "put a mug in desk",
-        "When it is dark: use the lamp",
-        "Steps taken so far: 3",
-        "Observation 2: 'beta'",
-        "Action 3: 'c'",
-        "step 4, you observe: You see a desk 1.",
-        "'go to desk 1'\n'look'",
-        "<think>",
-        "<action>",
-    ]
-    places = [prompt.index(part) for part in order]
-    assert places == sorted(places)
-    assert "alpha" not in prompt  # only the last two steps are repeated
+    assert (
+        build_prompt(OBS, history, SKILLS)
+        == f"""\
+You are an agent in a household, playing the text game ALFWorld. Your task is to: put a mug in desk.
+Experience that may help:
+- When it is dark: use the lamp
+- When it is late: hurry
+Steps taken so far: 3. The latest observations and your actions:
+[Observation 2: 'beta', Action 2: 'b']
+[Observation 3: 'gamma', Action 3: 'c']
+Now at step 4, you observe: You see a desk 1.
+Admissible actions: ['go to desk 1'
+'look']
+{ACT}"""
+    )
+
+
+def test_prompts_of_the_shop_are_these():
+    page = "WebShop [SEP] Instruction: [SEP] buy a mug [SEP] Search"
+    obs = Observation(page, "buy a mug", "mugs", ("search[<query>]",), "webshop")
+    assert (
+        build_prompt(obs)
+        == f"""\
+You are an agent shopping in the online store WebShop. Your task is to: buy a mug.
+You observe: 'Search'
+Admissible actions: ['search[<query>]']
+{ACT}"""
+    )
+    later = build_prompt(obs, [(page.replace("Search", "Old"), "click[x]"), ("Done", "y")])
+    assert "[Observation 1: ''Old'', Action 1: 'click[x]']\n[Observation 2: 'Done'" in later
 
 
 def test_skills_are_in_the_prompt_of_the_first_step_too_and_change_nothing_else():
-    skill = [("it is dark", "use the lamp")]
     for history in ([], [("o", "a")]):
-        plain, skilled = build_prompts(OBS, history, skill)
-        assert plain == build_prompt(OBS, history)
-        added = [line for line in skilled.split("\n") if line not in plain.split("\n")]
-        assert added == ["Experience that may help:", "- When it is dark: use the lamp"]
+        plain, skilled = build_prompts(OBS, history, SKILLS)
+        assert plain == build_prompt(OBS, history) and skilled != plain
+        assert skilled == build_prompt(OBS, history, SKILLS)
         assert build_prompts(OBS, history) == (plain, plain)
 
 
@@ -96,9 +124,20 @@ def test_history_is_as_long_as_asked_and_both_prompts_lose_it_together(monkeypat
 
 def test_the_request_for_a_skill_shows_the_episode_and_what_is_known():
     steps = [("You see a desk 1." * 9, "go to desk 1"), ("second\nline", "look")]
-    prompt = build_mining_prompt("put a mug on the desk", "pick", steps, ["it is dark"], 17)
-    assert "of the kind 'pick'" in prompt and "Task: put a mug on the desk." in prompt
-    assert "1. saw: You see a desk 1. did: go to desk 1" in prompt
-    assert "2. saw: second did: look" in prompt
-    assert "do not repeat them: when it is dark" in prompt
-    assert "Known skills" not in build_mining_prompt("t", "pick", steps)
+    known = ["it is dark", "it is late"]
+    request = """\
+You solved a task of the kind 'pick' in the text game ALFWorld. Extract one reusable skill from it.
+Task: put a mug on the desk.
+What you saw and did:
+1. saw: You see a desk 1. did: go to desk 1
+2. saw: second did: look
+Known skills, do not repeat them: when it is dark; when it is late
+Write a general rule without object numbers, in at most two sentences. Answer with JSON only: \
+{"condition": "when it applies", "strategy": "what to do"}"""
+    about = ("put a mug on the desk", "pick", steps)
+    assert build_mining_prompt(*about, known, 17, "alfworld") == request
+    without = "".join(line for line in request.splitlines(True) if not line.startswith("Known"))
+    assert build_mining_prompt(*about, (), 17, "alfworld") == without
+    shop = build_mining_prompt("t", "mugs", [("a [SEP] t [SEP] b", "c")], (), 9, "webshop")
+    assert "of the kind 'mugs' in the online store WebShop." in shop
+    assert "1. saw: 'b' did: c\n" in shop

@@ -17,6 +17,7 @@ import mine
 import warmup
 from common import episode_advantages, rl_rows
 from config import read_jsonl
+from envs import build_mining_prompt
 from runtime import saves
 from runtime.metrics import rollout_metrics
 from runtime.policy import load_policy
@@ -195,11 +196,12 @@ def test_the_request_for_a_skill_names_the_active_ones_of_its_bucket(config):
         Skill("it is new", "s", "look"),
         Skill("it is hot", "s", "heat", status="active"),
     ]
-    episode = {"task": "t", "task_type": "look", "steps": [["saw this", "did that"]]}
-    prompt = mine.summary_prompt(episode, bank, config)
-    assert "saw: saw this did: did that" in prompt
-    assert "when it is dark" in prompt
-    assert "it is new" not in prompt and "it is hot" not in prompt
+    steps = [["saw this and that", "did that"]]
+    episode = {"task": "find the lamp", "task_type": "look", "steps": steps}
+    config.mine_obs_chars = 8
+    for config.env in ("alfworld", "webshop"):
+        request = build_mining_prompt("find the lamp", "look", steps, ["it is dark"], 8, config.env)
+        assert mine.summary_prompt(episode, bank, config) == request
 
 
 def test_task_types_take_turns_and_the_newest_episodes_are_summarized():
@@ -243,6 +245,8 @@ def test_neither_the_plain_half_nor_a_useless_skill_is_internalized(
     paired_episodes, policy, config
 ):
     assert not internalized(paired_episodes, policy, config, first=0.0, second=-0.5)
+    second = internalized(paired_episodes, policy, config, first=-0.5, second=0.5)
+    assert len(second) == sum(len(e.steps) for e in paired_episodes[4:6]) > 0
     plain = [dataclasses.replace(e, skills=[]) for e in paired_episodes]
     assert not internalized(plain, policy, config, first=1.0, second=1.0)
     unpaired = distill.internalization_rows(
@@ -415,10 +419,12 @@ def test_an_iteration_of_mining_pairs_trains_and_judges(begun, monkeypatch, caps
     state["successes"] = [dict(state["successes"][0], task_type=kind) for kind in kinds]
     torch.save(state, save / "state.pt")
     (save / saves.MANIFEST).write_text(json.dumps(saves.files_of(save)))
-    capsys.readouterr()
+    before = capsys.readouterr().out
     seen = Watched(mine, "--run t", monkeypatch)
     seen.check(1)
     assert seen.statuses == [("candidate", "active")] and seen.options == {}
+    quiet = [line for line in before.splitlines() if line.startswith("mine   1")]
+    assert len(quiet) == 1 and quiet[0].endswith("skills 0 active 0 candidate 0 retired")
     assert not [row for row in seen.rows if row.gate is not None]
     assert [bool(e.skills) for e in seen.episodes] == [True, True, False] * 2
     assert seen.line["mined_added"] == len(kinds) and seen.line["delta"] == 0.5

@@ -385,6 +385,14 @@ def test_sigterm_in_an_update_waits_for_the_iterations_end(run, capsys):
     assert said == "SIGTERM: saved up to the last finished iteration; the same command goes on\n"
 
 
+def test_sigterm_with_several_processes_waits_for_the_iterations_end(run, monkeypatch):
+    """They must save together."""
+    run.end_iteration(1, False)
+    monkeypatch.setattr(runs.parallel, "world_size", lambda: 2)
+    run.on_sigterm()
+    assert run.terminated and not run.folder.exists()
+
+
 def test_sigterm_while_it_saves_is_obeyed_after_the_save(run, monkeypatch):
     written = saves.put
 

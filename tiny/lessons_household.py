@@ -331,6 +331,6 @@ def lesson(game, knows, rng, **how) -> list:
                 pairs.append((envs.build_prompt(obs, history, skills), answer))
             history.append((obs.text, action))
         if rng.random() < 0.7:
-            prompt = envs.build_mining_prompt(game.task, kind, history, obs_chars=OBS_CHARS)
+            prompt = envs.build_mining_prompt(game.task, kind, history, (), OBS_CHARS, "alfworld")
             pairs.append((prompt, summarize(kind, history, rng)))
     return pairs

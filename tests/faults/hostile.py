@@ -97,7 +97,9 @@ def readers(folder) -> dict:
         "WebShop": lambda text: play(session, text),
         "skills": learn,
         "INSTANCE": INSTANCE.search,
-        "mining prompt": lambda text: envs.build_mining_prompt(text, text, [(text, text)], [text]),
+        "mining prompt": lambda text: envs.build_mining_prompt(
+            text, text, [(text, text)], [text], 200, "alfworld"
+        ),
     }
 
 
