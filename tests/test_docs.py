@@ -12,7 +12,8 @@ from conftest import ROOT
 from config import read_json
 from tools import report
 
-SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "runs", "tests"} & set(p.parts)]
+OTHERS = {".venv", "mutants", "runs", "tests"}
+SOURCES = [p for p in ROOT.rglob("*.py") if not OTHERS & set(p.relative_to(ROOT).parts)]
 METHOD = (ROOT / "docs" / "method.md").read_text()
 FORK = (ROOT / "docs" / "fork.md").read_text()
 

@@ -12,7 +12,8 @@ ORDER = ["config", "worlds", "envs", "skills", "runtime", "common"]  # then phas
 
 def modules() -> dict:
     """Name -> file of every module of the project but the tests."""
-    files = [p for p in ROOT.rglob("*.py") if not {".venv", "runs", "tests"} & set(p.parts)]
+    others = {".venv", "mutants", "runs", "tests"}
+    files = [p for p in ROOT.rglob("*.py") if not others & set(p.relative_to(ROOT).parts)]
     names = {p: ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files}
     return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
