@@ -436,6 +436,14 @@ def test_an_iteration_of_mining_pairs_trains_and_judges(begun, monkeypatch, caps
     assert f"mined {{'added': {len(kinds)}" in said and "skills 0 active" in said
     assert "no skill became active: distill.py will train plain GiGPO" in said
     assert seen.bank().table() in said and said.endswith("Next: python distill.py --run t\n")
+    again = Watched(mine, "--run t --mine_iterations 2", monkeypatch)  # goes on with its bank
+    again.check(2)
+    assert (
+        f"mine: {len(kinds)} successes to learn from, {len(kinds)} skills"
+        in capsys.readouterr().out
+    )
+    assert [skill.strategy for skill in again.bank().skills] == ["look around"] * len(kinds)
+    assert sum(len(skill.deltas) for skill in again.bank().skills) >= 2
 
 
 def test_an_iteration_of_distillation_adds_what_the_skills_did_better(begun, monkeypatch, capsys):

@@ -104,18 +104,66 @@ def test_both_halves_of_a_game_stand_side_by_side_those_that_differ_first(runs):
     assert "No game" in report.pairs(runs / "r", 2)
 
 
-def test_run_and_control_stand_in_one_table_with_their_episodes(runs, capsys):
-    mined = runs / "c" / EVALUATION.replace("distill", "mine")
-    mined.write_text((runs / "c" / EVALUATION).read_text())  # of the control only the end is shown
+def evaluated(folder, name, **changes):
+    """An evaluation like that of the run, under another name."""
+    record = json.loads((folder / EVALUATION).read_text()) | changes
+    (folder / f"{name}.json").write_text(json.dumps(record))
+
+
+def test_each_evaluation_stands_with_its_checkpoint_episodes_and_panel(runs, capsys):
+    """Of the control the end alone is shown: it has the same warm-up."""
+    for folder in (runs / "r", runs / "c"):
+        evaluated(folder, "eval-test-mine-T0.4-s0", digest="m", seed=3)
+        evaluated(folder, "eval-test-warmup-T0.4-s0")
+    evaluated(runs / "r", "eval-test-mine-skills-T0.4-s0", skills=True, temperature=1.0)
+    evaluated(runs / "r", "eval-train-init-T0.4-s0", split="train")
+    evaluated(runs / "r", "eval-test-runs-elsewhere-T0.4-s0")
+    rows = report.evaluations("r", "c")
+    panel = ["test", EVIL, 0.4, 0]
+    assert [(row["name"], row["episodes"], row["panel"]) for row in rows] == [
+        ("before training", 0, ["train", EVIL, 0.4, 0]),
+        ("after warm-up", 16, panel),
+        ("after mining", 24, ["test", "m", 0.4, 3]),
+        ("after mining, skills in the prompt", 24, ["test", EVIL, 1.0, 0]),
+        ("SIRI, after distillation", 32, panel),
+        ("control: GiGPO alone", 32, panel),
+    ]
+    assert [row["solved"] for row in rows] == [7] * 5 + [2]
+    assert report.evaluations("c") == [
+        row | {"name": name, "solved": 2, "success": 0.2}
+        for row, name in zip(
+            (rows[1], rows[2], rows[4]),
+            (*list(report.NAMES.values())[1:3], report.SIRI),
+            strict=True,
+        )
+    ]
+    assert (
+        report.markdown_table(rows[-2:])
+        == """\
+| checkpoint | training episodes | solved | success (95% interval) |
+| --- | --- | --- | --- |
+| SIRI, after distillation | 32 | 7 of 10 | 0.700 (0.100 to 0.950) |
+| control: GiGPO alone | 32 | 2 of 10 | 0.200 (0.100 to 0.950) |"""
+    )
     report.main()
-    said = capsys.readouterr().out
-    assert "| SIRI, after distillation | 32 | 7 of 10 | 0.700 (0.100 to 0.950) |" in said
-    assert "| control: GiGPO alone | 32 | 2 of 10 | 0.200 (" in said
-    table = json.loads((runs / "r" / "table.json").read_text())
-    assert [row["episodes"] for row in table] == [32, 32]
+    assert report.markdown_table(rows) in capsys.readouterr().out
+    assert json.loads((runs / "r" / "table.json").read_text()) == rows
     (runs / "r" / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match="run warmup.py"):
+    with pytest.raises(UserError, match="metrics.jsonl: no such file; run warmup.py"):
         report.main()
+
+
+def test_a_metric_is_drawn_in_the_middle_of_its_iterations_with_its_neighbours():
+    phases = ("warmup", "mine", "mine", "distill")
+    records = [{"phase": phase, "m": m} for m, phase in enumerate(phases)]
+    records[1]["m"] = None
+    assert report.edges_of(records) == pytest.approx([0, 0.3, 1.3, 2.3, 3.3])
+    x, values = report.line_of(records, "m")
+    assert x == pytest.approx([0.15, 0.8, 1.8, 2.8])
+    nan = float("nan")
+    assert values == pytest.approx([0, nan, 2, 3], nan_ok=True)
+    assert report.smooth(values) == pytest.approx([0, nan, 2.5, 2.5], nan_ok=True)
+    assert report.smooth(np.array([1.0, 2.0, 6.0])) == pytest.approx([1.5, 3.0, 4.0])
 
 
 def test_the_picture_has_whole_iterations_and_both_ends_with_their_numbers(runs):

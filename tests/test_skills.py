@@ -50,9 +50,9 @@ def test_skill_life_cycle():
 
 def test_one_evaluation_is_the_moving_average_of_eq_9():
     skill = Skill("c", "s", "pick", utility=0.2)
-    bank_of(skill, ema=0.25).update(skill, 0.6)
-    assert skill.utility == pytest.approx(0.75 * 0.2 + 0.25 * 0.6)
-    assert skill.n == 1 and skill.deltas == [0.6]
+    bank_of(skill, ema=0.25).update(skill, 2 / 3)
+    assert skill.utility == pytest.approx(0.75 * 0.2 + 0.25 * 2 / 3)
+    assert skill.n == 1 and skill.deltas == [0.6667]
 
 
 def test_a_candidate_needs_more_than_the_threshold():
