@@ -32,137 +32,47 @@ def call(script, flags):
         script.main()
 
 
-class FirstIteration:
-    """In the place of `Run`: one iteration, of a policy that nobody asks."""
-
-    resumed = False
-    source = Path()
-    last = 9
-    policy = None
-
-    def __init__(self, config, phase, after, **first):
-        self.state = {"successes": []}
-
-    def iterations(self):
-        return [1]
-
-    def draw_tasks(self, k):
-        return ["item"]
-
-    def seed(self, k):
-        return 0
+def test_lambda_rises_to_its_largest_value(config):
+    config.lambda_iterations, config.lambda_max = 4, 0.2
+    lambdas = [distill.lambda_at(k, config) for k in (1, 2, 4, 5, 9)]
+    assert lambdas == pytest.approx([0.05, 0.1, 0.2, 0.2, 0.2])
+    config.without = ["internalization"]
+    assert [distill.lambda_at(k, config) for k in (1, 9)] == [0, 0]
 
 
-def planned(script, flags, monkeypatch) -> dict:
-    """What the first iteration of a phase asks the bank for, and whether it mined."""
-    asked = {"mined": False, "statuses": None}
-
-    def ask(groups, bank, statuses):
-        asked["statuses"] = statuses
-
-    def stop(*args):
-        raise InterruptedError
-
-    def note(*args):
-        asked["mined"] = True
-        return {}
-
-    monkeypatch.setattr(mine, "mine", note)
-    monkeypatch.setattr(script, "Run", FirstIteration)
-    monkeypatch.setattr(script, "open_groups", lambda *args: [])
-    monkeypatch.setattr(script, "put_skills", ask)
-    monkeypatch.setattr(script, "rollout", stop)
-    Path("skills.jsonl").write_text("")
-    with pytest.raises(InterruptedError):
-        call(script, f"--group_size 4 {flags}")
-    return asked
+def mining_phase(iterations, flags, episodes, monkeypatch, successes=()) -> tuple:
+    """Iterations of mining that play these episodes -> (those that mined, the last buffer)."""
+    mined, saved = [], []
+    run = types.SimpleNamespace(
+        resumed=False,
+        last=99,
+        policy=None,
+        state={"successes": list(successes)},
+        iterations=lambda: iterations,
+        draw_tasks=lambda k: [],
+        seed=lambda k: 0,
+        log=lambda *args: None,
+        end_iteration=lambda *args, successes: saved.append(successes),
+    )
+    monkeypatch.setattr(mine, "Run", lambda *args, **first: run)
+    monkeypatch.setattr(mine, "mine", lambda *args: mined.append(args[4]) or {})
+    monkeypatch.setattr(mine, "rollout", lambda *args: episodes)
+    monkeypatch.setattr(mine, "update", lambda *args: {})
+    call(mine, flags)
+    return mined, saved[-1]
 
 
-def test_candidates_are_tried_while_mining_and_never_after(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert set(planned(mine, "", monkeypatch)["statuses"]) == {"candidate", "active"}
-    assert set(planned(distill, "", monkeypatch)["statuses"]) == {"active"}
+def test_a_round_of_mining_comes_every_so_many_iterations(paired_episodes, monkeypatch):
+    mined, _ = mining_phase(range(1, 8), "--mine_every 3", paired_episodes, monkeypatch)
+    assert mined == [1, 4, 7]
 
 
-def test_the_control_asks_for_no_skill(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert planned(mine, "--without skills", monkeypatch) == {"mined": False, "statuses": None}
-    assert planned(mine, "", monkeypatch)["mined"]
-    assert planned(distill, "--without skills", monkeypatch)["statuses"] is None
-
-
-def trained(script, k, flags, episodes, monkeypatch, successes=()) -> dict:
-    """What a phase's iteration k does with these episodes: `lambda_` of its update, whether it
-    `mined`, and the `successes` that it saves.
-    """
-    seen = {"mined": False}
-
-    class Iteration(FirstIteration):
-        folder = Path(".")
-        policy = types.SimpleNamespace(tokenizer=None)
-
-        def __init__(self, config, phase, after, **first):
-            self.state = {"successes": list(successes)}
-
-        def iterations(self):
-            return [k]
-
-        def log(self, *args):
-            pass
-
-        def end_iteration(self, *args, **state):
-            seen.update(state)
-
-    def mined(*args):
-        seen["mined"] = True
-        return {}
-
-    def update(*args, lambda_=0.0):
-        seen["lambda_"] = lambda_
-        return {}
-
-    monkeypatch.setattr(script, "Run", Iteration)
-    monkeypatch.setattr(mine, "mine", mined)
-    monkeypatch.setattr(script, "open_groups", lambda *args: [])
-    monkeypatch.setattr(script, "rollout", lambda *args: episodes)
-    monkeypatch.setattr(script, "update", update)
-    Path("skills.jsonl").write_text("")
-    call(script, flags)
-    return seen
-
-
-def test_a_round_of_mining_comes_every_so_many_iterations(paired_episodes, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rounds = [
-        trained(mine, k, "--mine_every 3", paired_episodes, monkeypatch)["mined"]
-        for k in range(1, 8)
-    ]
-    assert rounds == [True, False, False, True, False, False, True]
-
-
-def test_mining_remembers_the_newest_successes(paired_episodes, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_mining_remembers_the_newest_successes(paired_episodes, monkeypatch):
     monkeypatch.setattr(mine, "MEMORY", 3)
-    paired_episodes[-1].success = True  # of the plain half
-    for episode in paired_episodes[:-1]:
-        episode.success = False
-    kept = trained(mine, 9, "", paired_episodes, monkeypatch, "abcd")["successes"]
+    for episode in paired_episodes:
+        episode.success = episode is paired_episodes[-1]  # of the plain half
+    _, kept = mining_phase([9], "", paired_episodes, monkeypatch, "abcd")
     assert kept[:2] == ["c", "d"] and kept[2]["iteration"] == 9 and len(kept) == 3
-
-
-def test_lambda_rises_to_its_largest_value(paired_episodes, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(distill, "internalization_rows", lambda *args: [])
-
-    def lambdas(more=""):
-        flags = f"--lambda_iterations 4 --lambda_max 0.2 {more}"
-        return [
-            trained(distill, k, flags, paired_episodes, monkeypatch)["lambda_"]
-            for k in (1, 2, 4, 5, 9)
-        ]
-
-    assert lambdas() == pytest.approx([0.05, 0.1, 0.2, 0.2, 0.2])
-    assert lambdas("--without internalization") == [0] * 5
 
 
 # --- mining ---------------------------------------------------------------------------------------
@@ -476,8 +386,15 @@ def test_an_iteration_of_distillation_adds_what_the_skills_did_better(begun, mon
     )
 
 
-def test_without_an_active_skill_distillation_says_that_it_is_gigpo(begun, monkeypatch, capsys):
+def test_without_skills_both_phases_are_gigpo(begun, monkeypatch, capsys):
+    for folder in Path("runs/t").glob("mine*"):
+        shutil.rmtree(folder)
+    seen = Watched(mine, "--run t --without skills", monkeypatch)
+    seen.check(1)
+    assert not seen.statuses and not seen.bank().skills and not any(e.skills for e in seen.episodes)
+    assert not any(name.startswith("mined") for name in seen.line) and seen.line["delta"] is None
     seen = Watched(distill, "--run t --distill_iterations 1 --without skills", monkeypatch)
     seen.check(1)
     assert not seen.statuses and seen.line["gated_tokens"] == seen.line["gated_share"] == 0
+    assert seen.line["internalization_rows"] == seen.line["paired_groups"] == 0
     assert "no active skill: this phase trains plain GiGPO" in capsys.readouterr().out

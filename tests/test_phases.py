@@ -15,11 +15,9 @@ import distill
 import evaluate
 import mine
 import warmup
-from config import PRESETS, Config, UserError, read_jsonl
-from runtime import saves
+from config import PRESETS, UserError, read_jsonl
 from runtime.run import Run
-from skills import Skill, SkillBank
-from worlds import alfworld, shop
+from worlds import shop
 
 pytestmark = pytest.mark.slow
 
@@ -118,30 +116,6 @@ def forget(run, phase):
 
 
 # --- what a phase does with skills ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("status, paired", [("candidate", 0), ("active", 2)])
-def test_phase_2_pairs_groups_by_active_skills_and_not_by_candidates(finished, status, paired):
-    bank = SkillBank(Config())
-    for kind in alfworld.TASK_TYPES.values():  # so that there is one for every task
-        bank.skills.append(Skill("it is dark", "use the lamp", kind, status=status))
-    (finished / "mine" / "skills.jsonl").write_text(bank.dump())
-    (finished / "mine" / saves.MANIFEST).write_text(json.dumps(saves.files_of(finished / "mine")))
-    forget(finished, "distill")
-    call(distill, "--run t --distill_iterations 1")
-    last = logged(finished)[-1]
-    assert last["phase"] == "distill" and last["paired_groups"] == paired
-    assert (last["success_skill"] is None) == (paired == 0)
-
-
-def test_without_skills_both_phases_train_plain_gigpo(finished, capsys):
-    forget(finished, "mine")
-    forget(finished, "distill")
-    call(mine, "--run t --mine_episodes 0 --mine_iterations 1")
-    call(distill, "--run t --distill_iterations 1")
-    assert "no active skill: this phase trains plain GiGPO" in capsys.readouterr().out
-    for record in logged(finished)[-2:]:
-        assert record["internalization_rows"] == 0 and record["paired_groups"] == 0
 
 
 def test_without_skills_is_the_control_where_nothing_is_mined_or_paired(finished):

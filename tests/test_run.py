@@ -93,24 +93,6 @@ def test_a_warm_up_ends_with_enough_successes_and_is_not_begun_again(begun, monk
     assert len(logged("u")) > ended
 
 
-def test_a_save_is_due_by_the_clock_too(begun, monkeypatch):
-    saved = []
-    original = runs.Run.save
-
-    def count(self):
-        saved.append(self.boundary["state"]["iteration"])
-        original(self)
-
-    monkeypatch.setattr(runs.Run, "save", count)
-    flags = begun.replace("--run t", "--run u")
-    call(monkeypatch, warmup, f"{flags} --warmup_iterations 3 --save_minutes 0")
-    assert saved == [1, 2, 3]
-    saved.clear()
-    flags = flags.replace("--run u", "--run v")
-    call(monkeypatch, warmup, f"{flags} --warmup_iterations 3 --save_minutes 60")
-    assert saved == [3]
-
-
 def test_a_fork_leaves_out_what_its_source_did_in_the_phase_it_is_for(begun, monkeypatch):
     call(monkeypatch, mine, f"{begun} --mine_iterations 1")
     call(monkeypatch, mine, "--run u --fork t --mine_iterations 2")
@@ -246,20 +228,6 @@ def test_a_run_is_named_so_that_it_stays_in_its_folder(monkeypatch, name):
     monkeypatch.setattr(sys, "argv", ["warmup.py", "--run", name])
     with pytest.raises(UserError, match="--run"):
         parse_config("warmup", "doc")
-
-
-def test_tasks_and_seeds_are_functions_of_seed_phase_and_iteration(config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config.tasks = 4
-
-    def drawn(phase, k, **changes):
-        run = Run(dataclasses.replace(config, **changes), phase)
-        return tuple(run.draw_tasks(k)), run.seed(k)
-
-    base = drawn("mine", 1)
-    assert base == drawn("mine", 1) and len(set(base[0])) == 4
-    others = [drawn("mine", 2), drawn("distill", 1), drawn("mine", 1, seed=1)]
-    assert all(tasks != base[0] and seed != base[1] for tasks, seed in others)
 
 
 @pytest.mark.parametrize(
