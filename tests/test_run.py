@@ -319,6 +319,18 @@ def test_a_phase_begins_at_0_with_the_state_it_is_given(run):
     assert run.phase == "mine" and run.folder == run.root / "mine" and len(run.items) == 12
 
 
+def test_the_optimizer_has_the_flags_and_the_moments_of_the_save(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runs, "make_optimizer", lambda *args, **how: asked.append((args, how)))
+    run.policy.optimizer.state_dict = lambda: {"moments": torch.ones(2)}
+    run.end_iteration(4, True, successes=[])
+    changed = dataclasses.replace(run.config, offload=True)
+    again = Run(changed, "mine")
+    ((model, lr), how) = asked[0]
+    assert model is again.policy.model and lr == run.config.lr and how["offload"] is True
+    assert torch.equal(how["saved"]["moments"], torch.ones(2))
+
+
 def test_what_is_saved_is_the_state_at_the_iterations_end(run):
     """SIGTERM comes in the middle of the next one, when the buffer and the bank have gone on."""
     successes = ["a"]

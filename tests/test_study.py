@@ -221,6 +221,15 @@ def test_a_stage_is_evaluated_from_its_own_checkpoint_before_the_next_begins(scr
     ]
 
 
+def test_the_initial_policy_is_evaluated_with_the_flags_of_its_study(scripts):
+    """There is no run yet that it could take them from, and nothing to train."""
+    study.run_seed(plan(variants=["no-warmup"]), "1")
+    evaluation, mine, *_ = scripts.said
+    assert evaluation.startswith("evaluate.py n-warmup-s1 --checkpoint init --eval_items 120 --out")
+    assert evaluation.endswith(" --tasks 8 --seed 1") and mine.startswith("mine.py n-mine-no-")
+    assert not any("--tasks" in said for said in scripts.said[2:])
+
+
 def test_finished_commands_are_skipped_and_a_run_that_went_on_is_not_taken_for_an_earlier_stage(
     scripts,
 ):
