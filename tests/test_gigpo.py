@@ -1,6 +1,7 @@
 """Credit: `gigpo_advantages` and what `episode_advantages` feeds it. Names tell the bug guarded."""
 
 import doctest
+import inspect
 import itertools
 import json
 import random
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import SHARED
 
-from common import Episode, Step, episode_advantages, gigpo_advantages
+from common import Episode, Step, clipped_policy_loss, episode_advantages, gigpo_advantages
 from config import Config
 
 
@@ -161,3 +162,14 @@ def test_every_flag_of_credit_reaches_the_formula():
             expected = by_definition(["g", "g"], rewards, anchors, penalties=penalties, **used)
             for ours, theirs in zip(episode_advantages(episodes, config), expected, strict=True):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+
+
+def test_a_formula_has_the_defaults_of_the_flags():
+    """Or a call in a notebook would compute something else than a run."""
+    names = {"gamma", "step_weight", "normalize_std", "baseline", "clip"}
+    for formula in (gigpo_advantages, clipped_policy_loss):
+        for name, parameter in inspect.signature(formula).parameters.items():
+            if name in names:
+                assert parameter.default == getattr(Config(), name)
+                names.remove(name)
+    assert not names

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import statistics
+import time
 from threading import Barrier
 from types import SimpleNamespace
 
@@ -206,6 +207,24 @@ def test_variants_that_mine_on_their_own_run_at_once_where_jobs_allow(scripts, m
     assert len(scripts.said) == 14
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_no_more_seeds_run_at_once_than_jobs(scripts, monkeypatch, jobs):
+    running, most = [], []
+    alone = study.command
+
+    def command(*given):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.005)
+        running.pop()
+        alone(*given)
+
+    monkeypatch.setattr(study, "command", command)
+    monkeypatch.setattr(study, "collect", lambda args, earlier: {"variants": {}})
+    study.run_study(plan(seeds=["1", "2", "3", "4"], jobs=jobs))
+    assert max(most) == jobs
+
+
 def test_a_stage_is_evaluated_from_its_own_checkpoint_before_the_next_begins(scripts):
     study.run_seed(plan(), "1")
     done = [(said.split()[0], said.split()[1]) for said in scripts.said]
@@ -319,6 +338,7 @@ def test_a_study_of_another_plan_needs_another_name(tmp_path, monkeypatch):
 def test_a_command_that_fails_is_told_with_its_last_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "mine.py").write_text("import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'] * 3)")
     with pytest.raises(UserError, match=r"mine.py --run r --seed 1: 111 \(see runs/r.log\)"):
         study.command("mine.py", "r", "--seed 1")
