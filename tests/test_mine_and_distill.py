@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import tiny_config
 
+import common
 import distill
 import mine
 import warmup
@@ -85,6 +86,20 @@ def test_unparsable_summaries_are_counted(policy, config):
     outcome = mine.mine(policy, config, bank, solved, 1, seed=0)
     assert outcome == {"unparsable": 3} and not bank.skills
     assert mine.mine(policy, config, bank, [], 1, seed=0) == {}
+
+
+def test_summaries_are_sampled_at_temperature_1_whatever_rollouts_have(policy, config, monkeypatch):
+    asked = []
+    sample = common.generate
+    monkeypatch.setattr(
+        common, "generate", lambda *args, **how: asked.append(how) or sample(*args, **how)
+    )
+    config = dataclasses.replace(config, temperature=0.5, max_response_tokens=5, generation_rows=3)
+    texts = mine.write_summaries(["one", "two"], policy, config, 7)
+    assert asked == [{"temperature": 1.0, "seed": 7, "max_new_tokens": 5, "rows": 3}]
+    how = asked[0] | {"temperature": 1.0}
+    drawn = sample(policy.model, policy.tokenizer, ["one", "two"], **how)
+    assert texts == [text for _, _, text in drawn]
 
 
 def test_a_mined_skill_is_a_candidate_of_the_episodes_bucket(policy, config, monkeypatch):
