@@ -48,7 +48,7 @@ def data_root(name: str, data=None) -> Path:
     root = data or os.environ.get(f"{name.upper()}_DATA") or world(name).DATA
     if not root:
         raise UserError(f"--env {name}: set {name.upper()}_DATA or --data to the original's files")
-    return Path(root).expanduser()
+    return Path(os.path.expanduser(root))  # Path.expanduser raises for an unknown ~user
 
 
 def list_items(name: str, split: str, data=None) -> list[str]:

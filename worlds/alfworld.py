@@ -486,7 +486,7 @@ def list_items(root, split: str) -> list[str]:
     """
     folder = Path(root) / "json_2.1.1"
     games = sorted(str(path) for path in (folder / split).glob("*/*/game.tw-pddl"))
-    games = [path for path in games if "movable" not in path and "Sliced" not in path]
+    games = [path for path in games if not re.search("movable|Sliced", item_name(path))]
     if not games:
         found = sorted(path.name for path in folder.glob("*") if path.is_dir())
         remedy = f"choose one of {found}, " if found else ""
