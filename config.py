@@ -301,9 +301,12 @@ def read_jsonl(path) -> list[dict]:
 
 
 def write_atomically(path, text):
-    """Write a text file whole, or leave it as it was."""
+    """Write a text file whole, or leave it as it was; several processes may at once."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -6,22 +6,28 @@
 | episodes.jsonl   | readable transcripts, a few of each iteration                               |
 | warmup/ mine/    | a phase's last save: model/ in Hugging Face format, state.pt, config.json   |
 | distill/         | with its flags, and skills.jsonl, every skill with its life                 |
+| lock             | which process has the run: a second one is refused                          |
 
 The later phases take the flags of the run's first phase as their defaults (runtime/flags.py).
 """
 
 import errno
+import io
 import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import torch
 from safetensors import SafetensorError
@@ -38,6 +44,8 @@ from skills import group_deltas
 
 def run_script(main):
     """Run a script's main; a UserError becomes one line and exit code 2, Ctrl-C one and 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         parallel.destroy()
@@ -108,6 +116,7 @@ class Run:
         self.last = getattr(config, f"{phase}_iterations")
         self.device = set_up(config)
         self.items = list_items(config, config.split)
+        parallel.by_one(lambda: saves.own(self.root))
         self.source = parallel.by_one(lambda: saves.find(self.root, phase, set_aside=True))
         self.resumed = self.source is not None
         if self.resumed:
@@ -327,12 +336,12 @@ def require_finite(weights, folder):
 
 
 def peak_memory() -> int:
-    """Bytes: of the GPU since the last call, else of this process since its start."""
+    """Bytes: of the GPU since the last call, else of this process since its start; 0: unknown."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
 
 
 def choose_shown(episodes, seed) -> list[int]:

@@ -6,6 +6,7 @@
 | <phase>.old/      | the one before                                                             |
 | <phase>.part/     | one that was being written when the process ended; overwritten by the next |
 | <phase>.damaged/  | one that failed its check, kept for a look                                 |
+| lock              | which process has the run                                                  |
 
 A save's manifest.json has the size and the SHA-256 of every other file in it; `find` checks them,
 so a torn file or a flipped bit is named and the save before it is used.
@@ -15,11 +16,33 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: a run is not locked there
+    fcntl = None
 
 from config import UserError
 
 MANIFEST = "manifest.json"
+
+
+def own(root: Path):
+    """Make the folder of a run this process's, until that ends. UserError if another one has it."""
+    root.mkdir(parents=True, exist_ok=True)
+    handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o666)  # never closed, or it is free
+    try:
+        if fcntl:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        owner = os.read(handle, 500).decode(errors="replace") or "another process"
+        raise UserError(f"{root} is in use by {owner}: end that, or use another --run") from None
+    except OSError:  # a file system without locks
+        pass
+    os.ftruncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def sha256(path) -> str:

@@ -44,7 +44,7 @@ def cases(folder) -> list:
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
         flags = name in ("warmup/config.json", "warmup/manifest.json")
-        if path.is_file() and (flags or not name.startswith(("warmup", "mine.old"))):
+        if path.is_file() and (flags or not name.startswith(("warmup", "mine.old", "lock"))):
             found += [(name, damage) for damage in damages(b"")]
     return found
 
