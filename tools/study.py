@@ -41,7 +41,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from config import UserError, read_json, read_jsonl, write_atomically
+from config import UserError, read_json, read_jsonl, read_text, write_atomically
 from runtime.run import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,10 +108,10 @@ def command(script, run, flags):
     line = [sys.executable, str(ROOT / script), "--run", run, *shlex.split(flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     print(f"{script} {run}", flush=True)
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         done = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
-        last = (log.read_text().strip().splitlines() or ["no word why"])[-1]
+        last = (read_text(log, "replace").strip().splitlines() or ["no word why"])[-1]
         raise UserError(f"{' '.join(line[1:])}: {last} (see {log})")
 
 
@@ -314,7 +314,7 @@ def piped(lines) -> str:
 def replace_block(path, name, text):
     """Put `text` between <!-- name:begin --> and <!-- name:end --> of a page."""
     block = rf"(?<=<!-- {name}:begin -->\n).*?(?=\n<!-- {name}:end -->)"
-    page, found = re.subn(block, lambda _: text, Path(path).read_text(), flags=re.S)
+    page, found = re.subn(block, lambda _: text, read_text(path), flags=re.S)
     if not found:
         raise UserError(f"{path}: no <!-- {name}:begin --> ... <!-- {name}:end -->")
     write_atomically(path, page)

@@ -150,8 +150,8 @@ def make_game(task_type: str, rng: random.Random, number: int) -> tuple:
     end = lamp or goal
     folder = f"{task_type}-{target}-None-{end}-{number}/trial_T{number:08d}"
     data = {
-        "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(),
-        "grammar": Path(ALFRED_TWL2_PATH).read_text().replace("UNKNOWN GOAL", task),
+        "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(encoding="utf-8"),
+        "grammar": Path(ALFRED_TWL2_PATH).read_text(encoding="utf-8").replace("UNKNOWN GOAL", task),
         "pddl_problem": f"{problem}\n{wish}",
         "solvable": True,
     }

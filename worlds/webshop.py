@@ -129,7 +129,8 @@ class Index:
         names = ("starts", "docs", "weights", "rank")  # rank [N]: of each id among all ids, sorted
         arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in names)
         self.starts, self.docs, self.weights, self.rank = arrays
-        self.terms = {t: i for i, t in enumerate((folder / "terms.txt").read_text().split("\n"))}
+        terms = (folder / "terms.txt").read_text(encoding="utf-8").split("\n")
+        self.terms = {term: number for number, term in enumerate(terms)}
 
     @staticmethod
     def build(documents, ids, folder):
@@ -157,7 +158,7 @@ class Index:
         arrays = {"starts": starts, "docs": doc[order], "weights": weights, "rank": rank}
         for name, values in arrays.items():
             np.save(folder / f"{name}.npy", values)
-        (folder / "terms.txt").write_text("\n".join(terms))
+        (folder / "terms.txt").write_text("\n".join(terms), encoding="utf-8")
 
     def search(self, query: str, k: int = RESULTS) -> list:
         """The numbers of the k best documents; a word given twice counts twice."""
@@ -353,11 +354,11 @@ def write_cache(folder, part):
     ids = list(prices)
     drawn = draw_prices(prices.values(), counts)
     table = {"ids": ids, **drawn, "counts": counts}
-    (part / "table.json").write_text(json.dumps(table))
+    (part / "table.json").write_text(json.dumps(table), encoding="utf-8")
     np.save(part / "offsets.npy", np.array(offsets))
     with open(path, "rb") as file:
         Index.build((document(json.loads(line)) for line in file), ids, part)
-    (part / "checksums.json").write_text(json.dumps(checksums(part)))
+    (part / "checksums.json").write_text(json.dumps(checksums(part)), encoding="utf-8")
 
 
 def checksums(cache) -> dict:
@@ -373,7 +374,8 @@ def checksums(cache) -> dict:
 def is_intact(cache) -> bool:
     """Whether a cache is there, complete and as it was written."""
     try:
-        return json.loads((cache / "checksums.json").read_text()) == checksums(cache)
+        recorded = (cache / "checksums.json").read_text(encoding="utf-8")
+        return json.loads(recorded) == checksums(cache)
     except (OSError, ValueError):
         return False
 
@@ -396,7 +398,7 @@ class Catalogue:
     """Products by number, their drawn prices, the search index and the goals."""
 
     def __init__(self, cache):
-        table = json.loads((cache / "table.json").read_text())
+        table = json.loads((cache / "table.json").read_text(encoding="utf-8"))
         self.ids = table["ids"]
         self.prices = table["prices"]
         self.limits = table["limits"]
