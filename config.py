@@ -9,6 +9,7 @@ small files. Nothing of this project is imported here.
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
 from operator import ge, gt, le, lt
@@ -258,6 +259,8 @@ def check(flags):
         if not all(LIMITS[name](value, limit) for name, limit in limits.items()):
             words = " and ".join(f"{name.replace('_', ' ')} {x}" for name, x in limits.items())
             raise UserError(f"--{f.name} {value}: must be {words}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{f.name} {value}: must be finite")
 
 
 # --- Errors and small files -----------------------------------------------------------------------
@@ -275,17 +278,28 @@ def read_text(path, errors="strict") -> str:
         raise UserError(f"{path}: {error.strerror.lower()}") from None
 
 
-def read_json(path):
-    """The content of a JSON file. UserError where there is none, or it is not JSON."""
+def read_json(path, needed=()):
+    """The content of a JSON file. UserError where there is none, it is not JSON, or no object with
+    the names that are `needed`.
+    """
+    remedy = "delete it or download the data again"
     try:
-        return json.loads(read_text(path))
+        data = json.loads(read_text(path))
     except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
-        remedy = "delete it or download the data again"
         raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from None
+    if needed and not has(data, needed):
+        raise UserError(f"{path}: no JSON object with {', '.join(needed)}; delete it")
+    return data
 
 
-def read_jsonl(path) -> list[dict]:
-    """The records of a file with a JSON object on each line. UserError for a line that is none."""
+def has(record, names) -> bool:
+    return isinstance(record, dict) and record.keys() >= set(names)
+
+
+def read_jsonl(path, needed=()) -> list[dict]:
+    """The records of a file with a JSON object on each line. UserError for a line that is none, or
+    has not the names that are `needed`.
+    """
     records = []
     for number, line in enumerate(read_text(path, errors="replace").split("\n"), 1):
         if line.strip():
@@ -293,9 +307,9 @@ def read_jsonl(path) -> list[dict]:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 record = None
-            if not isinstance(record, dict):
-                remedy = "fix or delete that line"
-                raise UserError(f"{path}, line {number}: not a JSON object; {remedy}")
+            if not has(record, needed):
+                what = "not a JSON object" + f" with {', '.join(needed)}" * bool(needed)
+                raise UserError(f"{path}, line {number}: {what}; fix or delete that line")
             records.append(record)
     return records
 

@@ -5,16 +5,24 @@ raises an error. Where it does not stop, the run does, with its last save intact
 """
 
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from config import UserError
-from runtime import parallel
+from runtime import parallel, saves
 
 MOST = 3  # refused steps in a row
+
+
+def is_out_of_memory(error) -> bool:
+    """Of a card or of the machine: without a card PyTorch has no exception of its own for it."""
+    said = isinstance(error, RuntimeError) and re.search(
+        "out of memory|allocate memory", str(error)
+    )
+    return isinstance(error, MemoryError) or bool(said)
 
 
 def is_finite(policy, rows, log, config) -> bool:
@@ -28,7 +36,7 @@ def is_finite(policy, rows, log, config) -> bool:
     path = Path("runs") / config.run / "not-finite.pt"
     if parallel.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({**log, "rows": list(map(asdict, rows))}, path)
+        saves.write_tensors({**log, "rows": list(map(asdict, rows))}, path)
     values = f"loss {log['loss']}, gradient norm {log['grad_norm']}"
     print(f"{values}: step left out, its rows are in {path}")
     if policy.refused == MOST:

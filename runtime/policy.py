@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from transformers import logging as transformers_logging
 
 from config import Config, UserError
-from runtime import parallel
+from runtime import guard, parallel
 from runtime.generation import FAMILIES
 
 transformers_logging.set_verbosity_error()
@@ -79,9 +79,9 @@ def load_policy(path, config: Config, device, trainable=True) -> tuple:
             model, info = load(path, dtype=dtype, output_loading_info=True)
             check_whole(path, model, tokenizer, info)
             model = model.to(device)
-    except UserError:
-        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, UserError) or guard.is_out_of_memory(error):
+            raise
         reason = str(error).strip().split("\n")[0]
         remedy = "give a local folder or a hub name"
         raise UserError(f"--model {path}: cannot be loaded ({reason}); {remedy}") from None

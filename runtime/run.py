@@ -11,7 +11,6 @@
 The later phases take the flags of the run's first phase as their defaults (runtime/flags.py).
 """
 
-import errno
 import io
 import json
 import os
@@ -36,7 +35,7 @@ from transformers import set_seed
 
 import envs
 from config import PHASES, Config, UserError, read_jsonl, write_atomically
-from runtime import memory, parallel, saves
+from runtime import guard, memory, parallel, saves
 from runtime.flags import known_flags, other_value
 from runtime.policy import Policy, load_policy, load_reference, make_optimizer
 from skills import group_deltas
@@ -48,19 +47,32 @@ def run_script(main):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        print(end="", flush=True)  # else a full disk or a closed pipe is met after the end
         parallel.destroy()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last save", file=sys.stderr)
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            text = f"out of memory ({text.splitlines()[0]}); lower --micro_tokens (update) or "
-            text += "--generation_rows (rollout); --dry_run explains"
-        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            text += "; free some disk, then the same command goes on"
-        print(f"error: {text}", file=sys.stderr)
+    except (UserError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not guard.is_out_of_memory(error):
+            raise
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        try:
+            print(end="", flush=True)
+        except OSError:  # Python would try again, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
+
+
+def in_one_line(error) -> str:
+    """What went wrong, and what to do where that is known."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if guard.is_out_of_memory(error):
+        remedy = "lower --micro_tokens (update) or --generation_rows (rollout); --dry_run explains"
+        return f"out of memory ({lines[0]}); {remedy}"
+    text = " ".join(lines)
+    if isinstance(error, (NotADirectoryError, FileExistsError)):
+        text += "; a file is where a folder should be"
+    return text if isinstance(error, UserError) else text + saves.remedy(error)
 
 
 def set_up(config: Config) -> torch.device:
@@ -158,7 +170,9 @@ class Run:
             theirs, ours = root / "metrics.jsonl", self.root / "metrics.jsonl"
             if theirs.exists() and not ours.exists() and parallel.rank() == 0:
                 earlier = PHASES[: PHASES.index(self.phase)]
-                lines = [json.dumps(x) for x in read_jsonl(theirs) if x["phase"] in earlier]
+                lines = [
+                    json.dumps(x) for x in read_jsonl(theirs, ["phase"]) if x["phase"] in earlier
+                ]
                 write_atomically(ours, "".join(line + "\n" for line in lines))
         folder = parallel.by_one(lambda: saves.find(root, after))
         command = f"`python {after}.py --run {root.name}`"
@@ -232,7 +246,7 @@ class Run:
 
     def save(self):
         """Save the boundary as one folder, swapped in whole: see runtime/saves.py. UserError if a
-        weight is not finite or the disk is full; the last good save stays.
+        weight is not finite or the disk refuses it; the last good save stays.
         """
         start = time.time()
         self.saving = True
@@ -245,7 +259,8 @@ class Run:
             try:
                 self.policy.model.save_pretrained(part / "model", state_dict=weights)
                 self.policy.tokenizer.save_pretrained(part / "model")
-                torch.save({"optimizer": moments, **self.boundary["state"]}, part / "state.pt")
+                state = {"optimizer": moments, **self.boundary["state"]}
+                saves.write_tensors(state, part / "state.pt")
                 write_atomically(part / "config.json", json.dumps(asdict(self.config), indent=2))
                 if self.boundary["skills"] is not None:
                     write_atomically(part / "skills.jsonl", self.boundary["skills"])
@@ -253,11 +268,8 @@ class Run:
             except (OSError, RuntimeError, SafetensorError) as error:
                 shutil.rmtree(part, ignore_errors=True)
                 reason = str(error).strip().split("\n")[0]
-                free = shutil.disk_usage(self.root).free / 1e9
-                raise UserError(
-                    f"{self.folder} could not be saved ({reason}; {free:.2f} GB free); the last "
-                    "save stays. Free some disk, then the same command goes on"
-                ) from None
+                what = f"{self.folder} could not be saved ({reason}); the last save stays"
+                raise UserError(what + saves.remedy(error)) from None
         self.boundary = None
         self.saving = False
         self.saved_at = time.time()

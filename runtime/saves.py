@@ -12,9 +12,11 @@ A save's manifest.json has the size and the SHA-256 of every other file in it; `
 so a torn file or a flipped bit is named and the save before it is used.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -23,6 +25,8 @@ try:
     import fcntl
 except ImportError:  # Windows: a run is not locked there
     fcntl = None
+
+import torch
 
 from config import UserError
 
@@ -56,11 +60,34 @@ def files_of(folder: Path) -> dict[str, list]:
     return {str(p.relative_to(folder)): [p.stat().st_size, sha256(p)] for p in paths}
 
 
+def write_tensors(value, path):
+    """torch.save. Where the disk refuses it an OSError says why; torch's own error does not."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            raise error.__context__ or error from None
+
+
+def remedy(error) -> str:
+    """What follows the words of an error: what to do where the disk is full, else nothing."""
+    known = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' have no errno
+    code = int(known[1]) if known else getattr(error, "errno", None)
+    full = code in (errno.ENOSPC, errno.EDQUOT)
+    return "; free some disk, then the same command goes on" if full else ""
+
+
 def flush(path):
     """Wait until a file or a folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError:
+        if not path.is_dir():  # not every file system flushes folders
+            raise
 
 
 def put(part: Path, folder: Path):

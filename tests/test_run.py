@@ -513,7 +513,7 @@ def test_what_no_machine_can_run_is_refused(config, monkeypatch, changes, ranks,
     "error, code, words",
     [
         (UserError("a word"), 2, "error: a word\n"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from the last save\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from what is saved\n"),
         (OSError(errno.ENOSPC, "No space"), 2, "free some disk, then the same command goes on\n"),
         (OSError(errno.EDQUOT, "Quota"), 2, "free some disk, then the same command goes on\n"),
         (OSError(errno.EACCES, "Denied"), 2, "error: [Errno 13] Denied\n"),

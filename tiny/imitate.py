@@ -215,7 +215,7 @@ def save(out: Path, model, tokenizer, record, moving=None):
     tokenizer.save_pretrained(part)
     write_atomically(part / "imitation.json", json.dumps(record, indent=1))
     if moving:
-        torch.save(moving, part / "state.pt")
+        saves.write_tensors(moving, part / "state.pt")
     saves.put(part, out)
 
 

@@ -12,7 +12,7 @@ from alfworld.gen import constants
 from alfworld.gen.goal_library import gdict
 from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
 
-from config import write_atomically
+from config import read_text, write_atomically
 from worlds import alfworld
 
 SPLITS = {"train": 900, "valid_seen": 480}  # games of each split, one task type after the other
@@ -150,8 +150,8 @@ def make_game(task_type: str, rng: random.Random, number: int) -> tuple:
     end = lamp or goal
     folder = f"{task_type}-{target}-None-{end}-{number}/trial_T{number:08d}"
     data = {
-        "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(encoding="utf-8"),
-        "grammar": Path(ALFRED_TWL2_PATH).read_text(encoding="utf-8").replace("UNKNOWN GOAL", task),
+        "pddl_domain": read_text(ALFRED_PDDL_PATH),
+        "grammar": read_text(ALFRED_TWL2_PATH).replace("UNKNOWN GOAL", task),
         "pddl_problem": f"{problem}\n{wish}",
         "solvable": True,
     }
