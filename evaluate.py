@@ -20,13 +20,22 @@ import numpy as np
 
 import envs
 from common import open_groups, rollout
-from config import PHASES, UserError, flag, write_atomically
+from config import PHASES, UserError, flag, read_json, read_text, write_atomically
 from runtime import parallel, saves
 from runtime.flags import parse_config
 from runtime.policy import Policy, load_policy
 from runtime.run import append, list_items, load_state, run_script, set_up
 from skills import SkillBank
 
+SETTINGS = (  # of a config that change what is played
+    "history",
+    "max_steps",
+    "max_prompt_tokens",
+    "max_response_tokens",
+    "dtype",
+    "show",
+    "top_k",
+)
 WAVE = 64  # items played together, after which the results are on the disk
 
 
@@ -71,15 +80,15 @@ def read_outcomes(path, items) -> list[dict]:
     than these. None of it where it is not what this evaluation would have written.
     """
     outcomes = []
-    if path and path.exists() and parallel.rank() == 0:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may leave half a line
+    if path and parallel.rank() == 0:
+        lines = read_text(path).split("\n")[:-1] if path.exists() else []  # a kill may leave half
         try:
             outcomes = [json.loads(line) for line in lines[: len(lines) // WAVE * WAVE]]
             if [outcome["item"] for outcome in outcomes] != items[: len(outcomes)]:
                 outcomes = []
         except (ValueError, TypeError, KeyError):
             outcomes = []
-        write_atomically(path, "")
+        write_atomically(path, "")  # also to know at once whether the result can be written
         append(path, outcomes)
     return parallel.all_gather(outcomes)
 
@@ -172,6 +181,16 @@ def identity_of(config, choice, items, path, bank) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
+def check_out(out, record):
+    """UserError where `out` is no place for a result, or has that of another evaluation."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    known = read_json(out, ["results"]) if out.exists() else {}
+    for name, value in record.items():
+        if known.get(name, value) != value:
+            other = f"{out} is of another evaluation ({name} {known[name]}, not {value})"
+            raise UserError(f"{other}; delete it, or give another --out")
+
+
 def main():
     config, choice = parse_config("evaluate", __doc__, Evaluation)
     device = set_up(config)
@@ -184,28 +203,29 @@ def main():
         phase = "distill" if choice.checkpoint == "distill" else "mine"
         root = Path("runs") / config.run
         bank = SkillBank.load(saves.find(root, phase) or root / phase, config)
-    policy = Policy(*load_policy(path, config, device, trainable=False))
-
     temperature, seed = choice.eval_temperature, choice.eval_seed
     label = choice.checkpoint.strip("/").replace("/", "-") + ("-skills" if bank else "")
     name = f"eval-{split.replace(':', '-')}-{label}-T{temperature:g}-s{seed}"
     name += f"-n{len(items)}" if choice.eval_items else ""
     out = Path(choice.out or Path("runs") / config.run / f"{name}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    panel = digest(items, config)
+    record = {"checkpoint": str(Path(path)), "skills": bool(bank), "seed": seed, "split": split}
+    record |= {"digest": panel, "temperature": temperature}
+    record |= {name: getattr(config, name) for name in SETTINGS}
+    check_out(out, record)
+    policy = Policy(*load_policy(path, config, device, trainable=False))
     done = out.with_name(f"{out.stem}-{identity_of(config, choice, items, path, bank)}.waves")
     outcomes = evaluate(policy, config, items, temperature, seed, bank, done)
 
     results = summarize(outcomes)
-    panel = digest(items, config)
     print(f"{choice.checkpoint}, {'with skills' if bank else 'plain prompt'}: ", end="")
     print(
         f"{len(items)} items of {split} ({panel}), T={temperature}, seed {seed}\n{table(results)}"
     )
     folder = Path(path).parent
     is_save = (folder / saves.MANIFEST).exists()
-    record = {"checkpoint": str(path), "skills": bool(bank), "seed": seed, "split": split}
-    record |= {"digest": panel, "iteration": load_state(folder)["iteration"] if is_save else None}
-    record |= {"temperature": temperature, "results": results}
+    record |= {"iteration": load_state(folder)["iteration"] if is_save else None}
+    record |= {"results": results}
     record["items"] = {outcome["item"]: outcome["success"] for outcome in outcomes}
     if parallel.rank() == 0:
         write_atomically(out, json.dumps(record, indent=1))

@@ -28,7 +28,7 @@ import envs
 from config import Config, UserError, write_atomically
 from evaluate import evaluate
 from runtime import saves
-from runtime.flags import known_flags
+from runtime.flags import check_name, known_flags
 from runtime.policy import Policy, load_policy
 from runtime.run import list_items, run_script, set_up
 from skills import SkillBank
@@ -84,6 +84,7 @@ def main():
     parser.add_argument("--run", default="tiny", help="name of a run that has mined")
     parser.add_argument("--episodes", type=int, default=60, help="with each skill, and without")
     args = parser.parse_args()
+    check_name("run", args.run)
     root = Path("runs") / args.run
     folder = saves.find(root, "mine")
     if folder is None:

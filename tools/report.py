@@ -13,6 +13,7 @@ import base64
 import json
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
+from dataclasses import fields
 from html import escape
 from pathlib import Path
 
@@ -22,10 +23,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from config import UserError, read_json, read_jsonl, write_atomically
-from runtime.flags import saved_flags
+from config import read_json, read_jsonl, write_atomically
+from runtime.flags import check_name, saved_flags
 from runtime.run import run_script
-from tools.study import BLUE, GRAY, GREEN, ORANGE, piped, save
+from skills import Skill
+from tools.study import BLUE, GRAY, GREEN, ORANGE, piped, read_metrics, save
 
 # --- The table ------------------------------------------------------------------------------------
 
@@ -33,14 +35,8 @@ SIRI = "SIRI, after distillation"
 CONTROL = "control: GiGPO alone"
 NAMES = {"init": "before training", "warmup": "after warm-up", "mine": "after mining"}
 NAMES["distill"] = SIRI
+PANEL = ["split", "digest", "temperature", "seed"]
 HEAD = ["checkpoint", "training episodes", "solved", "success (95% interval)"]
-
-
-def read_metrics(run) -> list[dict]:
-    path = Path("runs") / run / "metrics.jsonl"
-    if not path.exists():
-        raise UserError(f"{path}: no such file; run warmup.py, or give another --run")
-    return read_jsonl(path)
 
 
 def evaluations(name, control="") -> list[dict]:
@@ -51,10 +47,10 @@ def evaluations(name, control="") -> list[dict]:
         for checkpoint in NAMES if run == name else ["distill"]:
             ends = [0] + [x["episodes_so_far"] for x in logged if x["phase"] == checkpoint]
             for path in sorted((Path("runs") / run).glob(f"eval-*-{checkpoint}-*T*.json")):
-                record = read_json(path)
+                record = read_json(path, [*PANEL, "skills", "results"])
                 label = NAMES[checkpoint] if run == name else CONTROL
                 label += ", skills in the prompt" if record["skills"] else ""
-                panel = [record[key] for key in ("split", "digest", "temperature", "seed")]
+                panel = [record[key] for key in PANEL]
                 row = {"name": label, "episodes": ends[-1], "panel": panel}
                 rows.append(row | record["results"]["all"])
     return rows
@@ -199,7 +195,8 @@ def html_table(head, rows) -> str:
 def skill_lives(root) -> str:
     """The last known skills of a run, each with every Delta_g."""
     paths = [root / phase / "skills.jsonl" for phase in ("distill", "mine")]
-    skills = next((read_jsonl(path) for path in paths if path.exists()), [])
+    names = [field.name for field in fields(Skill)]
+    skills = next((read_jsonl(path, names) for path in paths if path.exists()), [])
     rows = []
     for s in sorted(skills, key=lambda s: (s["status"], -s["utility"])):
         text = f"<b>When {escape(s['condition'])}:</b> {escape(s['strategy'])}"
@@ -238,7 +235,8 @@ def pairs(root, most=6) -> str:
     """Up to `most` games with both halves, over the whole run; if any, those that differ."""
     found = defaultdict(dict)
     path = root / "episodes.jsonl"
-    for record in read_jsonl(path) if path.exists() else ():
+    names = "phase iteration group task success skills delta steps".split()
+    for record in read_jsonl(path, names) if path.exists() else ():
         key = (record["phase"], record["iteration"], record["group"])
         found[key][bool(record["skills"])] = record
     games = [(x[True], x[False]) for x in found.values() if len(x) == 2]
@@ -275,6 +273,8 @@ def main():
     parser.add_argument("--run", default="tiny", help="name of a run")
     parser.add_argument("--control", default="", help="name of its control, a run too")
     args = parser.parse_args()
+    check_name("run", args.run)
+    check_name("control", args.control or args.run)
     root = Path("runs") / args.run
     rows = evaluations(args.run, args.control)
     save(draw(args.run, args.control), root / "plot.png")

@@ -42,6 +42,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from config import UserError, read_json, read_jsonl, read_text, write_atomically
+from runtime.flags import check_name
 from runtime.run import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +139,7 @@ def run_stages(args, stages):
         else:
             command(f"{phase}.py", run, stage["flags"])
         command("evaluate.py", run, how)
-        reached = read_json(out)["iteration"]
+        reached = read_json(out, ["iteration"])["iteration"]
         if stage["iteration"] not in (None, reached):
             out.unlink()
             wanted = f"iteration {stage['iteration']} of {phase} was to be evaluated"
@@ -171,16 +172,24 @@ def collect(args, earlier) -> dict:
         logs = []
         for seed in args.seeds:
             stages = chain(args, variant, seed)
-            logs.append(read_jsonl(f"runs/{stages[-1]['run']}/metrics.jsonl"))
+            logs.append(read_metrics(stages[-1]["run"]))
             points = variants[variant][seed] = []
             for stage in stages:
                 last = stage["iteration"] or float("inf")
                 before = [x for x in logs[-1] if x["phase"] == stage["phase"]]
                 counts = [x["episodes_so_far"] for x in before if x["iteration"] <= last]
-                items = read_json(stage["out"])["items"]
+                items = read_json(stage["out"], ["items"])["items"]
                 points.append([max(counts, default=0), sum(items.values()), len(items)])
         explained[variant] = explain(logs) if len(logs) == len(variants[variant]) else {}
     return {"variants": variants, "explained": explained}
+
+
+def read_metrics(run) -> list[dict]:
+    """The log of a run. UserError where there is none, or a line of it is damaged."""
+    path = Path("runs") / run / "metrics.jsonl"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; run warmup.py, or give another --run")
+    return read_jsonl(path, ["phase", "iteration", "episodes_so_far"])
 
 
 def explain(logs) -> dict:
@@ -391,6 +400,7 @@ def parse(words):
 def main():
     args = parse(sys.argv[1:])
     if args.command == "run":
+        check_name("name", args.name)
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs}: must be 1 at least")
         args.variants, args.seeds = args.variants.split(","), args.seeds.split(",")
