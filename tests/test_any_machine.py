@@ -83,6 +83,7 @@ def test_the_home_of_nobody_is_a_folder_without_games():
 OWN = "import pathlib, time; from runtime import saves; saves.own(pathlib.Path('runs/t'))"
 
 
+@pytest.mark.slow
 def test_a_run_belongs_to_one_process_until_that_ends_however_it_ends(
     config, tmp_path, monkeypatch
 ):
@@ -289,17 +290,20 @@ def test_a_file_where_a_folder_should_be_is_named(config, tmp_path, monkeypatch,
     assert code == 2 and line.endswith("'runs/tiny-household'; a file is where a folder should be")
 
 
-@pytest.mark.parametrize("target", ["closed pipe", "/dev/full"])
-@pytest.mark.parametrize("words", ["word", "word\\n' * 9999 + '"])
-def test_an_output_that_takes_no_more_is_one_line(tmp_path, target, words):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "target, words", [("closed pipe", "word"), ("/dev/full", "word' * 9999 + '")]
+)
+def test_an_output_that_takes_no_more_is_one_line(target, words):
     script = f"import runtime.run as run\nrun.run_script(lambda: print('{words}'))"
     if target == "closed pipe":
         read, write = os.pipe()
         os.close(read)
     else:
         write = os.open(target, os.O_WRONLY)
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    options = {"cwd": ROOT, "stdout": write, "stderr": subprocess.PIPE, "text": True}
+    options["env"] = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run([sys.executable, "-c", script], **options)
     os.close(write)
     assert done.returncode == 2 and done.stderr.startswith("error: [Errno "), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
@@ -311,7 +315,7 @@ FLOATS = [f.name for f in dataclasses.fields(Config) if f.type is float]
 
 
 @pytest.mark.parametrize("name", FLOATS)
-@pytest.mark.parametrize("value", ["inf", "nan", "-inf", "1e999"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
 def test_a_number_is_finite(monkeypatch, name, value):
     monkeypatch.setattr(sys, "argv", ["warmup.py", f"--{name}={value}"])
     with pytest.raises(UserError, match=f"--{name} .*: must be "):
