@@ -17,6 +17,7 @@ LAST_30 = "go to the desk and look at it!"
     [
         ("<think>so</think><action>Go to Desk 1</action>", "go to desk 1", True),
         ("<think>so</think><action> look </action><action>go</action>", "look", True),
+        ("<think>so</think><ACTION>look</Action>", "look", True),
         ("<action>look</action>", "look", False),  # no thought
         ("<think>so<action>look</action>", "look", False),  # thought not closed
         ("<think>好</think><action>look</action>", "look", False),  # CJK

@@ -352,6 +352,12 @@ def test_what_is_saved_is_the_state_at_the_iterations_end(run):
     assert again.state["successes"] == ["a"]
 
 
+def test_sigterm_in_the_first_rollout_ends_at_once_with_nothing_to_save(run):
+    with pytest.raises(SystemExit) as stop:
+        run.on_sigterm()
+    assert stop.value.code == 143 and not run.folder.exists()
+
+
 def test_sigterm_in_an_update_waits_for_the_iterations_end(run, capsys):
     run.end_iteration(1, False)
     run.policy.steps += 1  # a weight has moved
