@@ -340,6 +340,14 @@ def test_a_tool_stays_in_the_folder_of_runs(tmp_path, monkeypatch, capsys, tool,
     assert not list(tmp_path.iterdir())
 
 
+def test_flags_of_a_study_that_are_no_words_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["study", "run", "--name", "x", "--flags", "it's"])
+    code, line = ended(study.main, capsys)
+    assert code == 2 and line == "error: --flags it's: No closing quotation"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", '"x"', "{"])
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", "episodes.jsonl", "mine/skills.jsonl", "eval-test-mine-T0.4-s0.json"]

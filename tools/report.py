@@ -13,7 +13,6 @@ import base64
 import json
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
-from dataclasses import fields
 from html import escape
 from pathlib import Path
 
@@ -26,7 +25,6 @@ import numpy as np
 from config import read_json, read_jsonl, write_atomically
 from runtime.flags import check_name, saved_flags
 from runtime.run import run_script
-from skills import Skill
 from tools.study import BLUE, GRAY, GREEN, ORANGE, piped, read_metrics, save
 
 # --- The table ------------------------------------------------------------------------------------
@@ -195,7 +193,7 @@ def html_table(head, rows) -> str:
 def skill_lives(root) -> str:
     """The last known skills of a run, each with every Delta_g."""
     paths = [root / phase / "skills.jsonl" for phase in ("distill", "mine")]
-    names = [field.name for field in fields(Skill)]
+    names = "condition strategy bucket born status utility n deltas".split()
     skills = next((read_jsonl(path, names) for path in paths if path.exists()), [])
     rows = []
     for s in sorted(skills, key=lambda s: (s["status"], -s["utility"])):

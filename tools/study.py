@@ -403,6 +403,10 @@ def main():
         check_name("name", args.name)
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs}: must be 1 at least")
+        try:
+            shlex.split(args.flags)
+        except ValueError as error:
+            raise UserError(f"--flags {args.flags}: {error}") from None
         args.variants, args.seeds = args.variants.split(","), args.seeds.split(",")
         for variant in args.variants:
             describe(variant)  # a wrong one is to be known at once
