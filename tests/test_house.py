@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 
 from conftest import ROOT
 
@@ -68,6 +69,50 @@ def test_worlds_know_no_torch():
     for path in (ROOT / "worlds").glob("*.py"):
         found = re.search(r"^\s*(import|from) (torch|transformers)", path.read_text(), re.M)
         assert not found, path
+
+
+def imported(tree) -> set:
+    """Every module that is imported somewhere in a syntax tree."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+def test_every_package_that_is_imported_is_pinned():
+    """What comes by chance with another package can go with it."""
+    tests = {path.stem: path for path in ROOT.glob("tests/**/*.py")}
+    known = {p.stem for p in ROOT.iterdir()} | set(tests) | set(sys.stdlib_module_names)
+    known |= {"alfworld", "textworld"}  # see the next two tests
+    listed = ""
+    for file, paths in (("", modules()), ("tests/", tests)):
+        listed += (ROOT / f"{file}requirements.txt").read_text()
+        pinned = set(re.findall(r"^(?:torch-(?=optimi))?([\w-]+)==[\d.]+(?:$|  #)", listed, re.M))
+        assert len(pinned) == len(re.findall(r"^\w", listed, re.M))
+        for path in paths.values():
+            names = {name.split(".")[0] for name in imported(ast.parse(path.read_text()))}
+            assert names <= known | pinned, path
+
+
+def test_only_the_stock_engine_imports_what_needs_a_compiler():
+    """Of alfworld, these modules need nothing."""
+    plain = {"alfworld.gen", "alfworld.gen.goal_library", "alfworld.info"}
+    for path in ROOT.rglob("*.py"):
+        if not {".venv", "runs"} & set(path.parts):
+            for node in ast.parse(path.read_text()).body:
+                if getattr(node, "name", "") != "TextWorldGame":
+                    found = {m for m in imported(node) if re.match("textworld|alfworld", m)}
+                    assert found <= plain, path
+
+
+def test_alfworld_is_installed_alone_and_in_one_version():
+    files = ("README.md", "requirements.txt", "Makefile", "worlds/household.py")
+    text = "".join((ROOT / file).read_text() for file in files)
+    assert len(set(re.findall(r"alfworld==[\d.]+", text))) == 1
+    assert len(re.findall("--no-deps (?:alfworld==|\\$\\(ALFWORLD)", text)) == len(files)
 
 
 def test_phases_import_nothing_from_each_other_or_from_tools():

@@ -432,9 +432,13 @@ class TextWorldGame:
     """The same game through the stock package, slow, the reference; `trusted` plays any file."""
 
     def __init__(self, path: str, trusted: bool = False):
-        import textworld
-        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
-        from textworld.envs import PddlEnv
+        try:
+            import textworld
+            from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+            from textworld.envs import PddlEnv
+        except ImportError:
+            reason = "the stock engine is not installed; run `make stock`, with a C++ compiler"
+            raise UserError(f"--engine textworld: {reason}") from None
 
         data = read_json(path)  # once, so that what is played is what was checked
         if not trusted:

@@ -8,12 +8,15 @@ import json
 import random
 from pathlib import Path
 
-from alfworld.gen import constants
-from alfworld.gen.goal_library import gdict
-from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
-
-from config import read_text, write_atomically
+from config import UserError, read_text, write_atomically
 from worlds import alfworld
+
+try:
+    from alfworld.gen import constants
+    from alfworld.gen.goal_library import gdict
+    from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+except ImportError:
+    raise UserError("alfworld is missing: pip install --no-deps alfworld==0.4.2") from None
 
 SPLITS = {"train": 900, "valid_seen": 480}  # games of each split, one task type after the other
 

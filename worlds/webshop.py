@@ -540,7 +540,7 @@ def matches(a, b) -> bool:
 @lru_cache(maxsize=1)
 def tagger():
     """spaCy's English model where it is installed, else its tokenizer alone."""
-    import spacy  # comes with alfworld
+    import spacy
 
     try:
         return spacy.load("en_core_web_sm")
