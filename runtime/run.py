@@ -90,6 +90,8 @@ def set_up(config: Config) -> torch.device:
     ranks = parallel.world_size()
     if ranks > config.tasks:
         raise UserError(f"{ranks} processes share --tasks {config.tasks}: start fewer, or raise it")
+    if config.env == "alfworld" and config.engine != "fast":
+        envs.world("alfworld").load_stock()  # here, since a game that does not open is left out
     if config.offload and ranks > 1:
         raise UserError("--offload is for one GPU; several shard the state")
     set_seed(config.seed)

@@ -16,6 +16,7 @@ from conftest import SHARED
 
 import envs
 from config import UserError
+from runtime import run
 from tests import certify_alfworld, record_games
 from tests.faults import damaged_worlds
 from worlds import Observation, alfworld, household
@@ -334,11 +335,14 @@ def test_the_stock_engine_gets_the_file_that_was_checked_and_speaks_as_ours(tmp_
 
 
 @pytest.mark.parametrize("engine", ["textworld", "textworld-trusted"])
-def test_without_the_stock_engine_one_line_says_how_to_install_it(games, monkeypatch, engine):
+def test_without_the_stock_engine_one_line_says_how_to_install_it(config, monkeypatch, engine):
+    """When a run starts, too: of a game that does not open it would only leave the group out."""
     monkeypatch.setitem(sys.modules, "textworld", None)
-    path = envs.list_items("alfworld", "train", games)[0]
-    with pytest.raises(UserError, match="run `make stock`, with a C.. compiler$"):
-        envs.make_env("alfworld", path, engine)
+    path = envs.list_items("alfworld", "train", config.data)[0]
+    config.engine = engine
+    for call in (lambda: envs.make_env("alfworld", path, engine), lambda: run.set_up(config)):
+        with pytest.raises(UserError, match="run `make stock`, with a C.. compiler$"):
+            call()
 
 
 def test_without_alfworld_one_line_says_how_to_install_it(monkeypatch):

@@ -428,22 +428,27 @@ def listing(names, article="a ") -> str:
     return ", ".join(names[:-1]) + ", and " + names[-1]
 
 
+def load_stock() -> tuple:
+    """EnvInfos, PddlEnv and AlfredDemangler of the stock package. UserError without it."""
+    try:
+        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+        from textworld import EnvInfos
+        from textworld.envs import PddlEnv
+    except ImportError:
+        reason = "the stock engine is not installed; run `make stock`, with a C++ compiler"
+        raise UserError(f"--engine textworld: {reason}") from None
+    return EnvInfos, PddlEnv, AlfredDemangler
+
+
 class TextWorldGame:
     """The same game through the stock package, slow, the reference; `trusted` plays any file."""
 
     def __init__(self, path: str, trusted: bool = False):
-        try:
-            import textworld
-            from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
-            from textworld.envs import PddlEnv
-        except ImportError:
-            reason = "the stock engine is not installed; run `make stock`, with a C++ compiler"
-            raise UserError(f"--engine textworld: {reason}") from None
-
+        EnvInfos, PddlEnv, AlfredDemangler = load_stock()
         data = read_json(path)  # once, so that what is played is what was checked
         if not trusted:
             parse_game(data, path)
-        infos = textworld.EnvInfos(won=True, admissible_commands=True)
+        infos = EnvInfos(won=True, admissible_commands=True)
         self.env = AlfredDemangler(PddlEnv(infos), shuffle=False)
         self.task_type = task_type_of(path)
         try:
