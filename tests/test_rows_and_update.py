@@ -372,3 +372,20 @@ def test_gradient_checkpointing_is_on_in_training_and_changes_no_gradient(episod
         results.append((len(calls), weights_of(trainer)))
     assert results[1][0] > results[0][0]  # the layer ran again in the backward pass
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("recompute_old, gap", [(False, 0.25), (True, 0.0)])
+def test_an_update_logs_the_means_of_its_steps_and_the_gap_before_the_first(
+    episodes, trainer, config, monkeypatch, recompute_old, gap
+):
+    logs = [{"kl": 1.0, "log_ratio": 0.25}, {"kl": 3.0, "log_ratio": 0.75}, None]
+    monkeypatch.setattr("common.optimizer_step", lambda *_: logs.pop(0))
+    rows = as_rows(episodes)[:12]
+    config = replace(config, recompute_old=recompute_old, minibatch_rows=4)
+    metrics = update(trainer, rows, config, 0)
+    assert metrics["kl"] == 2.0 and metrics["log_ratio"] == 0.5
+    assert metrics["logprob_gap"] == pytest.approx(gap, abs=1e-4)
+    assert (metrics["optimizer_steps"], metrics["refused_steps"], metrics["rows"]) == (2, 1, 12)
+    assert metrics["update_seconds"] >= metrics["score_seconds"] > 0
+    tokens = sum(map(len, rows))
+    assert metrics["update_tokens_per_s"] == pytest.approx(tokens / metrics["update_seconds"])

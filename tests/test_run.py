@@ -311,6 +311,19 @@ def test_seeds_are_those_that_torch_can_take(run):
     assert len(seeds) == 200 and min(seeds) >= 0 and 2**29 < max(seeds) < 2**31
 
 
+def test_tasks_and_seeds_are_functions_of_seed_phase_and_iteration(run):
+    """Phases that sampled alike would play the same tasks with the same noise."""
+
+    def drawn(phase="mine", k=1, seed=0):
+        run.phase, run.config.seed = phase, seed
+        return tuple(run.draw_tasks(k)), run.seed(k)
+
+    run.config.tasks = 6
+    assert drawn() == drawn()
+    for part in zip(drawn(), drawn(k=2), drawn("distill"), drawn(seed=1), strict=True):
+        assert len(set(part)) == 4
+
+
 def test_a_phase_begins_at_0_with_the_state_it_is_given(run):
     assert run.state == {"successes": ["first"], "iteration": 0, "finished": False}
     assert not run.resumed and run.source is None and run.root == Path("runs/tiny-household")

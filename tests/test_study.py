@@ -438,3 +438,5 @@ def test_the_figure_names_each_variant_once_in_one_colour_everywhere(monkeypatch
     assert len(set(colors[1])) == 3
     line = figure.axes[0].lines[1]  # siri: the mean of two seeds
     assert np.allclose(line.get_xydata(), [[60, 0.3], [160, 0.5]])
+    band = figure.axes[0].collections[1].get_paths()[0].vertices  # the range of each point
+    assert {tuple(np.round(v, 6)) for v in band} == {(60, 0), (60, 0.6), (160, 0.2), (160, 0.8)}
