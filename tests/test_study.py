@@ -1,5 +1,6 @@
 """tools/study.py: what it runs, how it pairs and averages, and the page that it generates."""
 
+import copy
 import json
 import math
 import re
@@ -138,6 +139,10 @@ def test_flags_reach_the_phases_that_they_are_for():
     later = "--fork n-mine-siri-s1 --without action_mask --lambda_max 1 --distill_iterations"
     assert [" ".join(s["flags"].split()) for s in distill] == [f"{later} 2", f"{later} 4"]
     assert [stage["iteration"] for stage in distill] == [2, 4]
+    outs = [stage["out"].split("/")[-1] for stage in (warmup, mine, *distill)]
+    assert outs == [f"study-{x}.json" for x in ("warmup", "mine", "distill-2", "distill-4")]
+    many = study.chain(plan(points=4, distill_iterations=12), "siri", "1")[2:]
+    assert [stage["iteration"] for stage in many] == [3, 6, 9, 12]
     gigpo = study.chain(plan(), "gigpo", "1")
     assert all("--without skills" in stage["flags"] for stage in gigpo[1:])
     assert "--fork n-mine-gigpo-s1 " in gigpo[-1]["flags"] and "--without" not in gigpo[0]["flags"]
@@ -303,6 +308,7 @@ def test_a_later_call_adds_its_seeds_to_the_study_of_that_name(scripts, monkeypa
     for phase, episodes in (("warmup", 64), ("distill", 128)):
         log += json.dumps(common | {"phase": phase, "episodes_so_far": episodes}) + "\n"
     fixed = "--flags '--tasks 8' --mine_iterations 3 --distill_iterations 4 --eval_items 120"
+    other = {"variants": {"no-kl": {"7": [[0, 1, 6]]}}, "explained": {"no-kl": {"delta": 0.5}}}
     for seed, title in (("1", "two seeds"), ("2", "")):
         args = plan(variants=["siri", "gigpo"], seeds=[seed], title=title)
         for variant in args.variants:
@@ -313,6 +319,8 @@ def test_a_later_call_adds_its_seeds_to_the_study_of_that_name(scripts, monkeypa
         kept = read_json("results/study.json")["n"]
         assert [list(x) for x in kept["variants"].values()] == 2 * [["1", "2"][: int(seed)]]
         assert bool(kept["explained"]["siri"]) == (seed == "1")
+        joined = study.collect(args, copy.deepcopy(other))  # another variant's stay as they were
+        assert all(joined[name]["no-kl"] == other[name]["no-kl"] for name in other)
         shutil.rmtree("runs")
     assert kept["title"] == "two seeds" and "| two seeds | SIRI | 2 |" in said
     with pytest.raises(UserError, match="n was begun with --points 2, not 1"):
