@@ -154,3 +154,12 @@ def test_each_ablation_is_one_or_two_lines_and_grep_finds_them():
     code = "".join(path.read_text() for path in modules().values() if path.name != "config.py")
     for name in ABLATIONS:
         assert 1 <= len(re.findall(rf'"{name}" (?:not )?in (?:self\.)?config\.without', code)) <= 3
+
+
+def test_every_text_file_is_opened_with_its_encoding():
+    """Or a run would depend on the locale."""
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            call = ast.unparse(node) if isinstance(node, ast.Call) else ""
+            if re.match(r"open\(", call) or re.search(r"\.(read|write)_text\([^()]*\)$", call):
+                assert re.search(r"utf-8|'[rwa]b'", call), f"{path}: {call}"
