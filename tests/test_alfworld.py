@@ -204,6 +204,7 @@ DAMAGED = [  # number of a recorded game, its field, what in it becomes what, wh
         "its goal needs .*",
     ),
     (5, "pddl_problem", r"(\?o1) PlateType", r"\1 ForkType", "its goal names two kinds of .*"),
+    (5, "pddl_problem", r"(\?o1) PlateType", r"\1 DeskType", "its goal names two kinds of .*"),
     (
         5,
         "pddl_problem",
