@@ -224,8 +224,8 @@ def main():
     )
     folder = Path(path).parent
     is_save = (folder / saves.MANIFEST).exists()
-    record |= {"iteration": load_state(folder)["iteration"] if is_save else None}
-    record |= {"results": results}
+    iteration = load_state(folder)["iteration"] if is_save else None
+    record |= {"iteration": iteration, "results": results}
     record["items"] = {outcome["item"]: outcome["success"] for outcome in outcomes}
     if parallel.rank() == 0:
         write_atomically(out, json.dumps(record, indent=1))

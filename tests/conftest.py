@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -25,6 +26,13 @@ torch.set_num_threads(1)
 # the same examples on every machine, however slow it is
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("tests")
+
+
+def call(script, flags):
+    """Run the main of a script as its command line would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
+        script.main()
 
 
 @pytest.fixture(scope="session")

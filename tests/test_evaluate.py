@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
+from conftest import call, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,12 +18,6 @@ from evaluate import Evaluation
 from runtime.run import Run, load_state
 from skills import Skill, SkillBank
 from worlds import alfworld
-
-
-def call(script, flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
-        script.main()
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import shutil
-import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import call, tiny_config
 
 import common
 import distill
@@ -25,12 +24,6 @@ from runtime.policy import load_policy
 from runtime.run import Run, load_state
 from skills import Skill, SkillBank, group_deltas, plain_successes
 from worlds import alfworld
-
-
-def call(script, flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
-        script.main()
 
 
 def test_lambda_rises_to_its_largest_value(config):

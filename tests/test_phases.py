@@ -4,11 +4,11 @@ import contextlib
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import call
 from transformers import AutoModelForCausalLM
 
 import distill
@@ -26,12 +26,6 @@ SMALL = """--tasks 2 --group_size 4 --max_steps 8 --n_req 9999 --warmup_iteratio
 --mine_iterations 1 --mine_every 1 --mine_episodes 12 --n_eval 1 --active_above -1
 --distill_iterations 2 --minibatch_rows 64"""
 HOUSEHOLD = f"--preset tiny-household {SMALL}"
-
-
-def call(script, flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
-        script.main()
 
 
 def run_phases(folder, flags) -> str:

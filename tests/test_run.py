@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call
 
 import evaluate
 import mine
@@ -28,11 +28,6 @@ SMALL = "--preset tiny-household --tasks 2 --group_size 2 --max_steps 3 --n_req 
 SMALL += " --minibatch_rows 64"
 
 
-def call(monkeypatch, script, flags):
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
-    script.main()
-
-
 @pytest.fixture(scope="module")
 def warmed(games, tmp_path_factory):
     """A folder with a finished warm-up of one iteration in runs/t, and its flags."""
@@ -40,7 +35,7 @@ def warmed(games, tmp_path_factory):
     flags = f"--run t {SMALL} --data {games}"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        call(patch, warmup, f"{flags} --warmup_iterations 1")
+        call(warmup, f"{flags} --warmup_iterations 1")
     return folder, flags
 
 
@@ -59,20 +54,20 @@ def logged(run="t"):
 
 def test_flags_that_a_message_tells_the_user_to_lower_may_change_at_resume(begun, monkeypatch):
     lower = "--micro_tokens 512 --generation_rows 1 --gradient_checkpointing true --offload true"
-    call(monkeypatch, warmup, f"{begun} --warmup_iterations 2 {lower} --max_prompt_tokens 900")
+    call(warmup, f"{begun} --warmup_iterations 2 {lower} --max_prompt_tokens 900")
     assert [x["iteration"] for x in logged()] == [1, 2]
 
 
 @pytest.mark.parametrize("flag", ["--lr 0.5", "--gamma 0.5", "--lambda_iterations 7", "--seed 3"])
 def test_flags_that_change_the_result_are_refused_at_resume_by_name(begun, monkeypatch, flag):
     with pytest.raises(UserError, match=f"made with {flag.split()[0]} "):
-        call(monkeypatch, warmup, f"{begun} --warmup_iterations 2 {flag}")
+        call(warmup, f"{begun} --warmup_iterations 2 {flag}")
 
 
 def test_a_finished_phase_is_extended_by_its_iterations_and_not_repeated(begun, monkeypatch):
-    call(monkeypatch, warmup, f"{begun} --warmup_iterations 1")
+    call(warmup, f"{begun} --warmup_iterations 1")
     assert len(logged()) == 1
-    call(monkeypatch, warmup, f"{begun} --warmup_iterations 3")
+    call(warmup, f"{begun} --warmup_iterations 3")
     assert [x["iteration"] for x in logged()] == [1, 2, 3]
     assert [x["episodes_so_far"] for x in logged()] == [4, 8, 12]
 
@@ -81,21 +76,21 @@ def test_a_finished_phase_is_extended_by_its_iterations_and_not_repeated(begun, 
 def test_a_warm_up_ends_with_enough_successes_and_is_not_begun_again(begun, monkeypatch):
     flags = begun.replace("--run t", "--run u").replace("--n_req 9999", "--n_req 2")
     flags = flags.replace("--max_steps 3", "--max_steps 14") + " --warmup_iterations 9"
-    call(monkeypatch, warmup, flags)
+    call(warmup, flags)
     state = torch.load("runs/u/warmup/state.pt", weights_only=True)
     assert state["finished"] and len(state["successes"]) >= 2
     ended = len(logged("u"))
     assert ended < 9
-    call(monkeypatch, warmup, flags)  # it has what it was for, with iterations to spare
+    call(warmup, flags)  # it has what it was for, with iterations to spare
     assert len(logged("u")) == ended
     more = len(state["successes"]) + 1
-    call(monkeypatch, warmup, flags.replace("--n_req 2", f"--n_req {more}"))
+    call(warmup, flags.replace("--n_req 2", f"--n_req {more}"))
     assert len(logged("u")) > ended
 
 
 def test_a_fork_leaves_out_what_its_source_did_in_the_phase_it_is_for(begun, monkeypatch):
-    call(monkeypatch, mine, f"{begun} --mine_iterations 1")
-    call(monkeypatch, mine, "--run u --fork t --mine_iterations 2")
+    call(mine, f"{begun} --mine_iterations 1")
+    call(mine, "--run u --fork t --mine_iterations 2")
     assert [(x["phase"], x["iteration"]) for x in logged("u")] == [
         ("warmup", 1),
         ("mine", 1),
@@ -105,7 +100,7 @@ def test_a_fork_leaves_out_what_its_source_did_in_the_phase_it_is_for(begun, mon
 
 
 def test_a_fork_goes_on_from_another_runs_warm_up_and_counts_its_episodes(begun, monkeypatch):
-    call(monkeypatch, mine, "--run control --fork t --without skills --mine_iterations 1")
+    call(mine, "--run control --fork t --without skills --mine_iterations 1")
     phases = [(x["phase"], x["episodes_so_far"]) for x in logged("control")]
     assert phases == [("warmup", 4), ("mine", 8)]
     saved = json.loads(Path("runs/control/mine/config.json").read_text())
@@ -115,9 +110,9 @@ def test_a_fork_goes_on_from_another_runs_warm_up_and_counts_its_episodes(begun,
 
 def test_a_fork_does_not_silently_go_on_from_the_runs_own_phase(begun, monkeypatch):
     """A control could be no control: the run had a warm-up of its own."""
-    call(monkeypatch, warmup, f"{begun} --warmup_iterations 1".replace("--run t", "--run u"))
+    call(warmup, f"{begun} --warmup_iterations 1".replace("--run t", "--run u"))
     with pytest.raises(UserError, match="--fork t: u has its own warmup; use another --run"):
-        call(monkeypatch, mine, "--run u --fork t --mine_iterations 1")
+        call(mine, "--run u --fork t --mine_iterations 1")
 
 
 def test_a_saved_state_is_read_on_any_device_and_runs_no_code(begun, monkeypatch):
@@ -189,11 +184,11 @@ def test_a_run_of_another_version_says_what_its_flags_are_called_now(begun, monk
     flags = json.loads((folder / "config.json").read_text())
     rewrite(folder, **flags, skill_share=0.5)
     with pytest.raises(UserError, match="config.json: --skill_share is --without skills; it is of"):
-        call(monkeypatch, mine, "--run t")
+        call(mine, "--run t")
     del flags["tasks"]
     rewrite(folder, **flags)
     with pytest.raises(UserError, match="config.json: no --tasks; it is of another version"):
-        call(monkeypatch, mine, "--run t")
+        call(mine, "--run t")
 
 
 def test_flags_that_are_not_as_they_were_written_are_not_used(begun, monkeypatch):
@@ -201,24 +196,24 @@ def test_flags_that_are_not_as_they_were_written_are_not_used(begun, monkeypatch
     path = Path("runs/t/warmup/config.json")
     path.write_text(path.read_text().replace('"gamma": 0.95', '"gamma": 0.59'))
     with pytest.raises(UserError, match="config.json is not what was written"):
-        call(monkeypatch, mine, "--run t")
+        call(mine, "--run t")
 
 
 def test_a_line_of_the_log_without_its_counts_is_dropped_as_damaged(begun, monkeypatch, capsys):
     path = Path("runs/t/metrics.jsonl")
     path.write_text(path.read_text() + '{"phase": "warmup", "iteration": 1}\n')
-    call(monkeypatch, warmup, f"{begun} --warmup_iterations 2")
+    call(warmup, f"{begun} --warmup_iterations 2")
     assert "lines [2] were damaged" in capsys.readouterr().out
     assert [x["episodes_so_far"] for x in logged()] == [4, 8]
     path.write_text(path.read_text() + "[1, 2]\n")
     with pytest.raises(UserError, match="metrics.jsonl, line 3: not a JSON object"):
-        call(monkeypatch, mine, "--run u --fork t --mine_iterations 1")
+        call(mine, "--run u --fork t --mine_iterations 1")
 
 
 @pytest.mark.parametrize("flags", ["--eval_items -5", "--eval_temperature nan", "--eval_seed -1"])
 def test_an_evaluation_that_cannot_be_is_one_line(begun, monkeypatch, flags):
     with pytest.raises(UserError, match=f"{flags.split()[0]} .*: must be at least 0"):
-        call(monkeypatch, evaluate, f"--run t --checkpoint warmup {flags}")
+        call(evaluate, f"--run t --checkpoint warmup {flags}")
 
 
 @pytest.mark.parametrize(
