@@ -25,7 +25,7 @@ from tqdm import tqdm
 import envs
 from config import UserError
 from runtime import guard, parallel
-from runtime.generation import Cache, encode_prompts, generate
+from runtime.generation import Cache, encode_prompts, generate, opening
 from runtime.memory import LOGITS
 from skills import Skill
 from worlds import Observation
@@ -170,7 +170,7 @@ class Step:
     obs: str  # the raw observation: GiGPO's anchor state
     plain_ids: list[int]  # the plain prompt x_t
     prompt_ids: list[int]  # the prompt the policy saw: x_t, or xs_t with the skill block
-    response: str
+    response: str  # with what the template writes of it
     response_ids: list[int]
     logprobs: list[float]  # of the response tokens, at sampling time
     action: str
@@ -264,6 +264,7 @@ def play(policy, config, episodes, temperature, seed, desc) -> list[Episode]:
     sampling = {"temperature": temperature, "max_new_tokens": config.max_response_tokens}
     sampling |= {"rows": rows, "cache": cache}
     fallback_chars = envs.world(config.env).FALLBACK_CHARS
+    begun = opening(policy.tokenizer)
     start = time.time()
     tokens = 0
     quiet = parallel.rank() > 0
@@ -279,6 +280,7 @@ def play(policy, config, episodes, temperature, seed, desc) -> list[Episode]:
             for episode, (plain_ids, prompt_ids), (response_ids, logprobs, response) in zip(
                 running, prompts, answers, strict=True
             ):
+                response = begun + response
                 action, valid = envs.parse_action(response, fallback_chars)
                 step = Step(
                     obs=episode.obs.text,
@@ -397,17 +399,19 @@ def rl_rows(episodes, advantages) -> list[Row]:
     ]
 
 
-def find_action_tokens(tokenizer, response_ids) -> list[bool]:
+def find_action_tokens(tokenizer, response_ids, begun="") -> list[bool]:
     """True for tokens that overlap the text inside <action>...</action> or the closing tag.
 
     Token ends come from decoding: a sampled response need not be tokenized as the tokenizer would.
-    No parsable action: all False. Thoughts and EOS are never included.
+    No parsable action: all False. Thoughts and EOS are never included. `begun` is what the template
+    wrote of the response.
     """
     text = tokenizer.decode(response_ids, skip_special_tokens=True)
-    span = envs.action_span(text)
+    span = envs.action_span(begun + text)
     if span is None:
         return [False] * len(response_ids)
-    first, last = span[0], span[1] + len("</action>")  # characters
+    first = span[0] - len(begun)  # characters of the text
+    last = span[1] + len("</action>") - len(begun)
     mask = [False] * len(response_ids)
     end = len(text)
     for i in reversed(range(len(response_ids))):  # the action stands at the end

@@ -30,6 +30,7 @@ from common import (
     update,
 )
 from runtime.flags import parse_config
+from runtime.generation import opening
 from runtime.metrics import halves, rollout_metrics
 from runtime.run import Run, run_script
 from skills import SkillBank, group_deltas
@@ -42,6 +43,7 @@ def internalization_rows(episodes, advantages, deltas, tokenizer, config) -> lis
     the clip. Steps with A <= 0 have weight 0, but count among the gated tokens.
     """
     sigma_A = 1.0 if config.normalize_std else SUCCESS_REWARD
+    begun = opening(tokenizer)
     rows = []
     for episode, step_advantages in zip(episodes, advantages, strict=True):
         if not episode.skills:  # gate (a): the episode used a skill
@@ -49,7 +51,7 @@ def internalization_rows(episodes, advantages, deltas, tokenizer, config) -> lis
         if deltas.get(episode.group, 0.0) <= 0 and "gate" not in config.without:  # gate (b)
             continue
         for step, advantage in zip(episode.steps, step_advantages, strict=True):
-            gate = find_action_tokens(tokenizer, step.response_ids)  # gate (c)
+            gate = find_action_tokens(tokenizer, step.response_ids, begun)  # gate (c)
             if "action_mask" in config.without:
                 gate = [True] * len(step.response_ids)
             weight = min(max(float(advantage) / sigma_A, 0.0), config.advantage_clip)  # Eq. 11
@@ -107,8 +109,7 @@ def main():
         run.log(k, metrics, episodes, advantages, f"{line}  skills {bank.summary()}")
         run.end_iteration(k, k == run.last, bank)
 
-    print(f"distill done: {run.folder}/model needs no skill.")
-    print(f"Next: python evaluate.py --run {config.run}")
+    run.finish(skills=f"{bank.summary()}; the model needs none")
 
 
 if __name__ == "__main__":

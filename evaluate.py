@@ -51,9 +51,9 @@ class Evaluation:
 
 
 def evaluate(policy, config, items, temperature, seed, bank=None, done=None) -> list[dict]:
-    """One episode for each item, wave by wave -> {item, task_type, success, score, steps} of each.
-    The waves that an interrupted evaluation left in the file `done` are not played again. UserError
-    if an item cannot be played.
+    """One episode for each item, wave by wave -> {item, task_type, success, score, steps, tokens}
+    of each; tokens are those of all its prompts and responses. The waves that an interrupted
+    evaluation left in the file `done` are not played again. UserError if an item cannot be played.
     """
     outcomes = read_outcomes(done, items)
     for start in range(len(outcomes), len(items), WAVE):
@@ -68,7 +68,9 @@ def evaluate(policy, config, items, temperature, seed, bank=None, done=None) -> 
         played = []
         for e in episodes:
             outcome = {"item": e.item, "task_type": e.task_type, "success": bool(e.success)}
-            played.append(outcome | {"score": float(e.score), "steps": len(e.steps)})
+            tokens = sum(len(s.prompt_ids) + len(s.response_ids) for s in e.steps)
+            outcome |= {"score": float(e.score), "steps": len(e.steps), "tokens": tokens}
+            played.append(outcome)
         outcomes += played
         if done and parallel.rank() == 0:
             append(done, played)
@@ -106,7 +108,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def summarize(outcomes) -> dict[str, dict]:
-    """Task type, and "all" -> {n, solved, success, low, high, score, steps}."""
+    """Task type, and "all" -> {n, solved, success, low, high, score, steps, tokens}."""
     by_type = defaultdict(list)
     for outcome in outcomes:
         by_type[outcome["task_type"]].append(outcome)
@@ -117,20 +119,21 @@ def summarize(outcomes) -> dict[str, dict]:
         low, high = wilson(solved, n)
         result[name] = {"n": n, "solved": solved, "success": solved / n, "low": low, "high": high}
         result[name] |= {
-            key: float(np.mean([e[key] for e in chosen])) for key in ("score", "steps")
+            key: float(np.mean([e[key] for e in chosen])) for key in ("score", "steps", "tokens")
         }
     return result
 
 
 def table(results) -> str:
     """What `summarize` gives, a line for each task type."""
-    head = f"{'task type':<12}{'solved':>10}{'success':>9}{'95% interval':>17}{'score':>7}  steps"
+    head = f"{'task type':<12}{'solved':>10}{'success':>9}{'95% interval':>17}{'score':>7}"
+    head += "  steps  tokens"
     lines = [head]
     for name, r in results.items():
         counts = f"{r['solved']}/{r['n']}"
         interval = f"{r['low']:.3f} to {r['high']:.3f}"
         line = f"{name:<12}{counts:>10}{r['success']:>9.3f}{interval:>17}"
-        lines.append(f"{line}{r['score']:>7.3f}{r['steps']:>7.1f}")
+        lines.append(f"{line}{r['score']:>7.3f}{r['steps']:>7.1f}{r['tokens']:>8.0f}")
     return "\n".join(lines)
 
 

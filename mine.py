@@ -128,7 +128,7 @@ def main():
     print(bank.table())
     if not bank.count()["active"]:
         print("no skill became active: distill.py will train plain GiGPO (--mine_iterations)")
-    print(f"mine done. Next: python distill.py --run {config.run}")
+    run.finish(skills=bank.summary())
 
 
 if __name__ == "__main__":

@@ -194,10 +194,17 @@ class SkillBank:
 
 def parse_skill(text: str) -> tuple[str, str] | None:
     """A summary -> (condition, strategy); None unless it is one JSON object with both and no text
-    around it. A small model may copy the form that the prompt shows: no skill either.
+    around it but a thought before. A small model may copy the form that the prompt shows: no skill
+    either.
     """
     try:
-        fenced = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
+        fenced = (
+            text.rpartition("</think>")[2]
+            .strip()
+            .removeprefix("```json")
+            .removeprefix("```")
+            .removesuffix("```")
+        )
         data = json.loads(fenced.strip())
         condition, strategy = (data[key].strip().rstrip(".") for key in ("condition", "strategy"))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -54,7 +54,7 @@ def main():
         if enough:
             break
 
-    print(f"warmup done: {len(successes)} successes. Next: python mine.py --run {config.run}")
+    run.finish(n_succ=len(successes))
 
 
 if __name__ == "__main__":

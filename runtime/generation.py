@@ -13,6 +13,7 @@ Shapes: B rows, T new tokens, S cached tokens, D hidden size, V vocabulary.
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +21,57 @@ from torch.nn.utils.rnn import pad_sequence
 
 FAMILIES = ("qwen2", "qwen3", "llama")  # what `forward` is the forward of
 CHUNK = 4096  # tokens of a prefill chunk: fits the caches of a CPU, fills a GPU
+CUT = "\ud800"  # half of a surrogate pair: no text has it
 BUCKET = 64  # the cache is read up to a multiple of this length, so that few shapes occur
 
 
 def encode_prompts(tokenizer, prompts) -> list:
-    """User messages -> token ids of the chat prompt, ready for the assistant's turn."""
+    """User messages -> token ids of the chat prompt, ready for the assistant's turn.
+
+    Only the template makes control tokens. A message that spells one, such as <|im_end|>, is cut
+    inside the spelling, and the parts are encoded on their own: it stays ordinary text.
+    """
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = "|".join(f"(?<={re.escape(x[0])}){re.escape(x[1:])}" for x in special if x[1:])
+    cut = re.compile(pattern or "(?!)", re.I)
+    texts = render(tokenizer, [cut.sub(lambda found: CUT + found[0], x) for x in prompts])
+    parts = [text.split(CUT) for text in texts]
+    flat = [part.encode(errors="replace").decode() for x in parts for part in x]
+    ids = iter(tokenizer(flat, add_special_tokens=False).input_ids if flat else [])
+    return [[token for _ in x for token in next(ids)] for x in parts]
+
+
+def render(tokenizer, prompts, answer=None) -> list[str]:
+    """User messages -> the chat as the template writes it, up to the assistant's turn, or with its
+    `answer`.
+    """
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    options = {"add_generation_prompt": True, "return_dict": False}
+    if answer is not None:
+        chats = [[*chat, {"role": "assistant", "content": answer}] for chat in chats]
+    options = {"tokenize": False, "add_generation_prompt": answer is None}
+    options["date_string"] = "26 Jul 2024"  # Llama 3.2's own; else its prompts change every day
     return tokenizer.apply_chat_template(chats, **options) if chats else []
 
 
+def opening(tokenizer) -> str:
+    """What the template itself writes of a response: <think> in many reasoning models, or a thought
+    that is empty; nothing in others.
+    """
+    (text,) = render(tokenizer, [CUT])
+    found = re.search("<(think|action)>.*", text.rpartition(CUT)[2], re.S)
+    return found[0] if found else ""
+
+
 def eos_ids(model, tokenizer) -> list:
-    """Every token that ends a response (Qwen2.5-Instruct has two)."""
+    """Every token that ends a response: the model's, the tokenizer's (Qwen2.5-Instruct has two),
+    and what the template writes after an assistant's message, which base models do not name.
+    """
     ids = model.generation_config.eos_token_id
     ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
+    (text,) = render(tokenizer, ["hello"], answer=CUT)
+    after = tokenizer(text.rpartition(CUT)[2], add_special_tokens=False).input_ids
+    known = tokenizer.added_tokens_decoder
+    ids.update([token for token in after if token in known and known[token].special][:1])
     return sorted(ids - {None})
 
 

@@ -4,6 +4,9 @@ from collections import defaultdict
 
 import numpy as np
 
+GAP = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token; rounding leaves a tenth of it at most
+FLAT = 3  # iterations in a row without contrast, after which a line says so
+
 
 def mean(values) -> float:
     return float(np.mean(values))
@@ -22,6 +25,12 @@ def rollout_metrics(episodes, advantages, config, deltas=None) -> dict:
     for e in episodes:
         groups[e.group].append(e.success)
         types[e.task_type].append(e)
+    lost = sum(
+        len(s.response_ids)
+        for e, own in zip(episodes, advantages, strict=True)
+        for s, advantage in zip(e.steps, own, strict=True)
+        if abs(advantage) <= 1e-8  # as in common.rl_rows
+    )
     metrics = {
         "episodes": len(episodes),
         "groups": len(groups),
@@ -37,6 +46,7 @@ def rollout_metrics(episodes, advantages, config, deltas=None) -> dict:
         "prompt_tokens": mean([len(s.prompt_ids) for s in steps]),
         "response_tokens": mean(lengths),
         "sampled_tokens": sum(lengths),
+        "taught_nothing": float(lost / sum(lengths)),
     }
     if deltas is not None:
         metrics["delta"] = mean(list(deltas.values())) if deltas else None
@@ -51,3 +61,29 @@ def halves(metrics) -> str:
     return (
         f"success plain {plain} skill {skill}  delta {delta} in {metrics['paired_groups']} groups"
     )
+
+
+def warnings(metrics, config, flat, first) -> list[str]:
+    """What a user should know of an iteration at once, a line each.
+
+    flat    so many iterations in a row, this one included, had mostly groups without contrast
+    first   whether it is the first iteration of this process
+    """
+    lines = []
+    if metrics["cut"] == 1:
+        lines.append(
+            f"no response ended by itself, all were cut after {config.max_response_tokens} tokens: "
+            "raise --max_response_tokens, or look at the chat template and eos_token of --model"
+        )
+    gap = metrics.get("logprob_gap", 0.0)
+    if first and gap > GAP[config.dtype]:
+        lines.append(
+            f"sampler and trainer differ by {gap:.2g} nats a token, which is no rounding: look for "
+            "what config.json of --model has and runtime/generation.py does not compute"
+        )
+    if flat == FLAT:
+        lines.append(
+            f"for {FLAT} iterations most groups had no contrast, all solved or none, and taught "
+            "nothing: try easier tasks, a larger --group_size, a longer warm-up, or skills"
+        )
+    return lines

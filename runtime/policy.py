@@ -9,14 +9,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import optimi
 import torch
-from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 from transformers import logging as transformers_logging
 
 from config import Config, UserError
 from runtime import guard, parallel
-from runtime.generation import FAMILIES
+from runtime.generation import FAMILIES, render
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -70,30 +69,65 @@ def load_policy(path, config: Config, device, trainable=True) -> tuple:
         # tokenizer.json as it is: AutoTokenizer would put Qwen2's own pre-tokenizer in its place
         words = local_path("tiny") if path in SHAPES else path
         tokenizer = PreTrainedTokenizerFast.from_pretrained(words)
+        tokenizer.clean_up_tokenization_spaces = False  # it would change actions
+        check_tokenizer(path, tokenizer)
         if path in SHAPES:
             shape = Qwen2Config(**SHAPES[path], eos_token_id=tokenizer.eos_token_id)
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
         else:
+            check_shape(path, AutoConfig.from_pretrained(path, trust_remote_code=False), config)
             load = AutoModelForCausalLM.from_pretrained
-            model, info = load(path, dtype=dtype, output_loading_info=True)
+            model, info = load(path, dtype=dtype, output_loading_info=True, trust_remote_code=False)
             check_whole(path, model, tokenizer, info)
             model = model.to(device)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever is in the folder
         if isinstance(error, UserError) or guard.is_out_of_memory(error):
             raise
-        reason = str(error).strip().split("\n")[0]
+        lines = str(error).strip().split("\n")
         remedy = "give a local folder or a hub name"
-        raise UserError(f"--model {path}: cannot be loaded ({reason}); {remedy}") from None
-    if (family := model.config.model_type) not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise UserError(f"--model {path} is a {family}; runtime/generation.py reads {known}")
+        raise UserError(f"--model {path}: cannot be loaded ({lines[0]}); {remedy}") from None
+    for module in model.modules():  # ratios start at exactly 1: no dropout, in training either
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
     model.requires_grad_(trainable)
     if trainable and config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.23
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     parallel.shard(model)
-    return model.eval(), tokenizer  # no dropout in training either: ratios start at exactly 1
+    return model.eval(), tokenizer
+
+
+def check_shape(path, shape, config):
+    """UserError for an architecture that `generate` does not compute."""
+    if shape.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        what = f"is a {shape.model_type}; runtime/generation.py reads {known}"
+        raise UserError(f"--model {path} {what}")
+    longest = config.max_prompt_tokens + config.max_response_tokens
+    lengths = f"--max_prompt_tokens and --max_response_tokens ({longest} together)"
+    if longest > shape.max_position_embeddings:
+        known = f"knows {shape.max_position_embeddings} positions"
+        raise UserError(f"--model {path} {known}; lower {lengths}")
+    kinds = set(getattr(shape, "layer_types", None) or []) - {"full_attention"}
+    window = shape.sliding_window if kinds == {"sliding_attention"} else 0
+    if kinds and longest > window:
+        seen = f"has layers of {', '.join(sorted(kinds))} over {window} tokens"
+        raise UserError(f"--model {path} {seen}, the sampler reads all; lower {lengths}")
+
+
+def check_tokenizer(path, tokenizer):
+    """UserError where prompts cannot be written, or an action would not come back as sampled."""
+    if not tokenizer.chat_template:
+        remedy = "use an instruct model, or give it a chat_template.jinja"
+        raise UserError(f"--model {path}: its tokenizer has no chat template; {remedy}")
+    text = "<think>I don 't know .</think><action>click[B < prev]</action>"
+    again = tokenizer.decode(
+        tokenizer(text, add_special_tokens=False).input_ids, skip_special_tokens=True
+    )
+    if again.strip() != text:
+        raise UserError(f"--model {path}: its tokenizer reads {text!r} as {again!r}")
+    render(tokenizer, ["hello"], answer="hello")  # a template may refuse what we write
 
 
 def check_whole(path, model, tokenizer, info):

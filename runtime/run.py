@@ -37,6 +37,7 @@ import envs
 from config import PHASES, Config, UserError, read_jsonl, write_atomically
 from runtime import guard, memory, parallel, saves
 from runtime.flags import known_flags, other_value
+from runtime.metrics import warnings
 from runtime.policy import Policy, load_policy, load_reference, make_optimizer
 from skills import group_deltas
 
@@ -155,6 +156,7 @@ class Run:
 
         self.clock = self.saved_at = time.time()  # of the last line of the log, the last save
         self.save_seconds = None
+        self.flat = 0  # iterations in a row that had mostly groups without contrast
         self.boundary = None  # what a save of the last iteration's end holds; None once it is saved
         self.steps = 0  # policy.steps there: while it is equal, no weight has moved
         self.saving = False
@@ -299,6 +301,30 @@ class Run:
         transcripts = [where | readable(episodes[i], advantages[i], deltas) for i in shown]
         append(self.root / "episodes.jsonl", transcripts)
         tqdm.write(f"{self.phase} {iteration:>3}  {line}")
+        self.flat = self.flat + 1 if metrics["no_contrast"] > 0.5 else 0
+        first = iteration == self.state["iteration"] + 1
+        for warning in warnings(metrics, self.config, self.flat, first):
+            tqdm.write(f"note: {warning}")
+
+    def finish(self, **more):
+        """The end of a phase as lines `name: value`, to be read and to be searched."""
+        if parallel.rank() > 0:
+            return
+        path = self.root / "metrics.jsonl"
+        log = [x for x in read_jsonl(path) if x["phase"] == self.phase] if path.exists() else []
+        lines = {"phase": self.phase, "iterations": len(log)}
+        if log:
+            tokens = sum(x["sampled_tokens"] for x in log)
+            lost = sum(x["sampled_tokens"] * x.get("taught_nothing", 0) for x in log)
+            lines |= {
+                "episodes": log[-1]["episodes_so_far"],
+                "success": f"{log[-1]['success']:.3f}",
+            }
+            lines |= {"sampled_tokens": tokens, "taught_nothing": f"{lost / tokens:.3f}"}
+        after = dict(zip(PHASES, (*PHASES[1:], "evaluate"), strict=True))[self.phase]
+        lines |= more | {"model": f"{self.folder}/model"}
+        lines |= {"next": f"python {after}.py --run {self.config.run}"}
+        print("\n".join(f"{name}: {value}" for name, value in lines.items()))
 
     def drop_lines_after(self, kept):
         """Drop from the logs what this phase did after iteration `kept`, and count the rest. Lines

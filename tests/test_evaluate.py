@@ -348,24 +348,33 @@ def test_no_interval_leaves_what_a_rate_can_be():
 def test_an_outcome_is_what_the_episode_did(policy, config, monkeypatch):
     items = envs.list_items("alfworld", "train", config.data)[:3]
     kinds = [alfworld.open_item(item).reset().task_type for item in items]
+    played = []
 
     def play(*args, **options):
         first, second, third = rollout(*args, **options)
         second.steps.pop()
         third.success, third.score = True, 0.25
+        played.extend((first, second, third))
         return [first, second, third]
 
     monkeypatch.setattr(evaluate, "rollout", play)
-    found = [tuple(o.values()) for o in evaluate.evaluate(policy, config, items, 0.4, 0)]
+    outcomes = evaluate.evaluate(policy, config, items, 0.4, 0)
+    tokens = [outcome.pop("tokens") for outcome in outcomes]
+    found = [tuple(outcome.values()) for outcome in outcomes]
     did = [(False, 0.0, 4), (False, 0.0, 3), (True, 0.25, 4)]
     assert found == [
         (item, kind, *values) for item, kind, values in zip(items, kinds, did, strict=True)
+    ]
+    assert tokens == [
+        sum(len(step.prompt_ids + step.response_ids) for step in episode.steps)
+        for episode in played
     ]
 
 
 def test_the_table_counts_each_episode_in_its_type_and_in_all():
     outcomes = [
         {"task_type": "ba"[n % 2], "success": n % 4 == 0, "score": n / 8, "steps": n + 0.5}
+        | {"tokens": 7 * n}
         for n in range(8)
     ]
     results = evaluate.summarize(outcomes)
@@ -379,14 +388,15 @@ def test_the_table_counts_each_episode_in_its_type_and_in_all():
         "high": high,
         "score": 0.375,
         "steps": 3.5,
+        "tokens": 21,
     }
     assert results["b"] == mean
     assert results["a"]["solved"] == 0 and results["all"]["n"] == 8
     assert (
         evaluate.table(results)
         == """\
-task type       solved  success     95% interval  score  steps
-a                  0/4    0.000   0.000 to 0.490  0.500    4.5
-b                  2/4    0.500   0.150 to 0.850  0.375    3.5
-all                2/8    0.250   0.071 to 0.591  0.438    4.0"""
+task type       solved  success     95% interval  score  steps  tokens
+a                  0/4    0.000   0.000 to 0.490  0.500    4.5      28
+b                  2/4    0.500   0.150 to 0.850  0.375    3.5      21
+all                2/8    0.250   0.071 to 0.591  0.438    4.0      24"""
     )

@@ -47,6 +47,7 @@ def mining_phase(iterations, flags, episodes, monkeypatch, successes=()) -> tupl
         seed=lambda k: 0,
         log=lambda *args: None,
         end_iteration=lambda *args, successes: saved.append(successes),
+        finish=lambda **more: None,
     )
     monkeypatch.setattr(mine, "Run", lambda *args, **first: run)
     monkeypatch.setattr(mine, "mine", lambda *args: mined.append(args[4]) or {})
@@ -256,6 +257,21 @@ class Watched:
         self.folder = Path("runs/t", self.phase)
         self.state = load_state(self.folder)
 
+    def end(self, phase, more, after) -> list[str]:
+        """The last lines of a phase's output, by its log."""
+        log = [x for x in read_jsonl("runs/t/metrics.jsonl") if x["phase"] == phase]
+        tokens = sum(x["sampled_tokens"] for x in log)
+        steps = zip(self.episodes, self.advantages(), strict=True)
+        lost = [s for e, own in steps for s, a in zip(e.steps, own, strict=True) if a == 0]
+        lost = sum(len(s.response_ids) for s in lost)  # of the last iteration
+        assert self.line["taught_nothing"] == pytest.approx(lost / self.line["sampled_tokens"])
+        share = sum(x["taught_nothing"] * x["sampled_tokens"] for x in log) / tokens
+        lines = [f"phase: {phase}", f"iterations: {len(log)}"]
+        lines += [f"episodes: {self.line['episodes_so_far']}"]
+        lines += [f"success: {self.line['success']:.3f}", f"sampled_tokens: {tokens}"]
+        lines += [f"taught_nothing: {share:.3f}", more, f"model: runs/t/{phase}/model"]
+        return [*lines, f"next: python {after}.py --run t"]
+
     def advantages(self):
         return episode_advantages(self.episodes, self.config)
 
@@ -318,7 +334,7 @@ def test_an_iteration_of_the_warm_up_keeps_its_successes_and_ends_with_enough(
     said = capsys.readouterr().out
     assert "warmup: 12 tasks, 707,200 parameters on cpu\n" in said
     assert "N_succ 4/4  steps 3.0  invalid 0.00" in said
-    assert said.endswith("warmup done: 4 successes. Next: python mine.py --run t\n")
+    assert said.split("\n")[-10:-1] == seen.end("warmup", "n_succ: 4", "mine")
     enough = begun.replace("--n_req 3", "--n_req 2")
     shutil.rmtree("runs/t")
     Watched(warmup, enough, monkeypatch)
@@ -353,7 +369,9 @@ def test_an_iteration_of_mining_pairs_trains_and_judges(begun, monkeypatch, caps
     assert said.startswith("mine: 2 successes to learn from, 0 skills\n")
     assert f"mined {{'added': {len(kinds)}" in said and "skills 0 active" in said
     assert "no skill became active: distill.py will train plain GiGPO" in said
-    assert seen.bank().table() in said and said.endswith("Next: python distill.py --run t\n")
+    assert seen.bank().table() in said
+    skills = f"skills: {seen.bank().summary()}"
+    assert said.split("\n")[-10:-1] == seen.end("mine", skills, "distill")
     again = Watched(mine, "--run t --mine_iterations 2", monkeypatch)  # goes on with its bank
     again.check(2)
     assert (
@@ -389,9 +407,8 @@ def test_an_iteration_of_distillation_adds_what_the_skills_did_better(begun, mon
     assert said.startswith("distill: skills 6 active 0 candidate 0 retired, lambda up to 0.025\n")
     assert f"lambda 0.025  gated {gated} tokens  skills 6 active" in said
     assert "plain GiGPO" not in said
-    assert said.endswith(
-        "distill done: runs/t/distill/model needs no skill.\nNext: python evaluate.py --run t\n"
-    )
+    skills = "skills: 6 active 0 candidate 0 retired; the model needs none"
+    assert said.split("\n")[-10:-1] == seen.end("distill", skills, "evaluate")
 
 
 def test_without_skills_both_phases_are_gigpo(begun, monkeypatch, capsys):

@@ -16,7 +16,7 @@ import pytest
 import simulate_studies
 from conftest import ROOT
 
-from config import UserError, read_json
+from config import ABLATIONS, UserError, read_json
 from tools import study
 
 
@@ -82,8 +82,10 @@ def test_differences_are_paired_by_seed_and_refuse_other_seeds_and_plans():
     found = two_seeds(2)
     assert study.differences(found["siri"], found["gigpo"], "end") == pytest.approx([0.2, 0.2])
     assert study.differences(found["siri"], found["gigpo"], "curve") == pytest.approx([0.1, 0.1])
-    with pytest.raises(UserError, match="other seeds"):
-        study.differences({"1": found["siri"]["1"]}, found["gigpo"], "end")
+    with pytest.raises(UserError, match="lacks seeds"):
+        study.differences(found["siri"], {"1": found["gigpo"]["1"]}, "end")
+    some = {"1": found["siri"]["1"]}  # a variant may have fewer
+    assert study.differences(some, found["gigpo"], "end") == pytest.approx([0.2])
     for wrong in ([120, 0, 10], [100, 0, 12]):
         other = found["gigpo"] | {"1": [[0, 0, 10], wrong]}
         with pytest.raises(UserError, match="other episodes or items"):
@@ -148,21 +150,58 @@ def test_flags_reach_the_phases_that_they_are_for():
     assert "--fork n-mine-gigpo-s1 " in gigpo[-1]["flags"] and "--without" not in gigpo[0]["flags"]
 
 
-def test_an_ablation_needs_no_line_of_its_own():
+def test_an_ablation_needs_no_line_of_its_own(monkeypatch):
+    monkeypatch.setattr(study, "ABLATIONS", (*ABLATIONS, "anything_new"))
     for name, in_mining in (("gate", False), ("validation", True), ("anything_new", True)):
         _, mine, *distill = study.chain(plan(), f"no-{name}", "1")
         assert (f"--without {name}" in mine["flags"]) == in_mining
         assert mine["run"] == ("n-mine-no-" + name if in_mining else "n-mine-siri") + "-s1"
         assert all(stage["flags"].count(f"--without {name}") == 1 for stage in distill)
     assert study.describe("no-action_mask")[0] == "without action mask"
-    with pytest.raises(UserError, match="choose of siri"):
-        study.describe("sari")
+    for wrong in ("sari", "no-sari", "gate", "no-gate+skill", "+skills"):
+        with pytest.raises(UserError, match=re.escape(f"--variants {wrong}: choose of init")):
+            study.describe(wrong)
+
+
+def test_skills_are_kept_in_the_prompt_of_the_evaluations_alone(scripts):
+    """The variant is the runs of another one, evaluated once more at each point but the first."""
+    title, *flags = study.describe("no-internalization+skills")
+    assert title == "without internalization, evaluated with its skills"
+    assert flags == list(study.describe("no-internalization")[1:])
+    plain = study.chain(plan(), "no-internalization", "1")
+    kept = study.chain(plan(), "no-internalization+skills", "1")
+    assert [stage["skills"] for stage in kept] == [False, True, True, True]
+    assert not any(stage["skills"] for stage in plain)
+    outs = [stage["out"].replace("-skills.json", ".json") for stage in kept]
+    assert outs == [stage["out"] for stage in plain] and kept[0] == plain[0]
+    study.run_seed(plan(variants=["siri+skills", "siri"]), "1")
+    runs = [line.split()[1] for line in scripts.said if "evaluate.py" in line]
+    assert runs == ["n-warmup-s1", *["n-mine-siri-s1"] * 2, *["n-siri-s1"] * 4]
+    flags = ["--skills" in line for line in scripts.said if "evaluate.py" in line]
+    assert sum(flags) == 3
+    iterations = [line.split()[-1] for line in scripts.said if line.startswith("distill.py")]
+    assert iterations == ["2", "2", "4", "4"]  # both evaluations come before the run goes on
+
+
+def test_the_initial_policy_is_evaluated_once_and_stands_at_all_episodes(scripts):
+    (stage,) = study.chain(plan(), "init", "1")
+    assert (stage["phase"], stage["skills"]) == ("init", False)
+    study.run_seed(plan(variants=["init"]), "1")
+    assert [line.split()[0] for line in scripts.said] == ["evaluate.py"]
+    control = {"1": [[64, 0, 10], [164, 0, 10], [264, 8, 10]]}
+    init = {"1": [[0, 1, 10]]}
+    assert study.measures(init["1"]) == {"episodes": 0, "warmup": 0.1, "end": 0.1, "curve": 0.1}
+    assert study.differences(init, control, "end") == pytest.approx([-0.7])
+    assert study.differences(init, control, "curve") == pytest.approx([0.1 - 0.2])
 
 
 def test_without_warmup_mining_begins_with_the_initial_policy():
     start, mine, *_ = study.chain(plan(), "no-warmup", "1")
     assert start["phase"] == "init" and "--fork" not in mine["flags"]
     assert "--tasks 8 --seed 1" in mine["flags"] and "--without warmup" in mine["flags"]
+
+
+TOKENS = {"results": {"all": {"tokens": 1234.4}}}
 
 
 @pytest.fixture
@@ -183,7 +222,7 @@ def scripts(tmp_path, monkeypatch):
         out.parent.mkdir(parents=True, exist_ok=True)
         iteration = None if "init" in words else reached[run]
         solved = {f"i{k}": k < (iteration or 0) for k in range(6)}
-        out.write_text(json.dumps({"iteration": iteration, "items": solved}))
+        out.write_text(json.dumps({"iteration": iteration, "items": solved} | TOKENS))
 
     monkeypatch.setattr(study, "command", command)
     return SimpleNamespace(said=said, reached=reached, root=tmp_path)
@@ -192,7 +231,7 @@ def scripts(tmp_path, monkeypatch):
 def test_a_seed_warms_up_once_and_mines_once_for_variants_that_are_alike(scripts):
     study.run_seed(plan(variants=["siri", "no-gate", "gigpo"], points=1), "2")
     done = [line.split()[1] for line in scripts.said if "evaluate.py" not in line]
-    runs = ("warmup", "mine-siri", "siri", "no-gate", "mine-gigpo", "gigpo")
+    runs = ("warmup", "mine-siri", "no-gate", "siri", "mine-gigpo", "gigpo")
     assert done == [f"n-{run}-s2" for run in runs]
 
 

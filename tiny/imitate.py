@@ -19,6 +19,7 @@ An interrupted command goes on from its last save and ends as the unbroken one d
 import json
 import math
 import random
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields
@@ -51,6 +52,7 @@ class Lessons:
     seed: int = flag(0, "of the lessons, their order and new weights", at_least=0)
     count: int = flag(60_000, "lessons to learn from, each once", at_least=1)
     steps: float = flag(1.0, "share of acting steps to show", at_least=0.25, at_most=1)
+    thoughts: bool = flag(True, "false: the policy acts without thinking, <think></think>")
     knows: float = flag(-1.0, "share of right choices without a skill; below 0: 0, in shops 0.45")
     difficulties: list[int] = flag([], "options of a product, in turns", choices=(1, 2, 3, 4, 5))
     data: str = flag("", "a world's data folder: lessons from its training games or goals")
@@ -75,7 +77,11 @@ def draw(lessons: Lessons, count, seed, split="train") -> list:
     pairs = TEACHERS[lessons.world].lessons(math.ceil(count / lessons.steps), seed, **chosen)
     acting = [k for k, (_, response) in enumerate(pairs) if not is_summary(response)]
     skipped = set(random.Random(f"{seed} steps").sample(acting, len(pairs) - count))
-    return [pair for k, pair in enumerate(pairs) if k not in skipped]
+    pairs = [pair for k, pair in enumerate(pairs) if k not in skipped]
+    if not lessons.thoughts:
+        empty = re.compile("<think>.*?</think>", re.S)
+        pairs = [(x, empty.sub("<think></think>", y, count=1)) for x, y in pairs]
+    return pairs
 
 
 def is_summary(response) -> bool:

@@ -41,7 +41,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from config import UserError, read_json, read_jsonl, read_text, write_atomically
+from config import ABLATIONS, UserError, read_json, read_jsonl, read_text, write_atomically
 from runtime.flags import check_name
 from runtime.run import run_script
 
@@ -50,9 +50,10 @@ RESULTS = Path("results/study.json")
 FIXED = ("flags", "mine_iterations", "distill_iterations", "points", "eval_items")  # of a study
 
 VARIANTS = {  # name: (in tables and figures, flags of phases 1 and 2, more flags of phase 2)
+    "init": ("prompt alone", "", ""),  # the initial policy: nothing is trained
     "siri": ("SIRI", "", ""),
     "gigpo": ("GiGPO", "--without skills", ""),
-    "grpo": ("SIRI on GRPO", "--step_weight 0", ""),
+    "grpo": ("GRPO", "--without skills --step_weight 0", ""),
     "response-strong": ("SIRI, all tokens, lambda 1", "", "--without action_mask --lambda_max 1"),
     "action-strong": ("SIRI, lambda 1", "", "--lambda_max 1"),
     "nothing": ("no skill shown", "--show nothing", ""),
@@ -60,6 +61,9 @@ VARIANTS = {  # name: (in tables and figures, flags of phases 1 and 2, more flag
     "other": ("skills of other tasks shown", "--show other", ""),
 }
 IN_PHASE_2 = ("internalization", "gate", "weight", "action_mask")  # phase 1 is the same without
+KEPT = "+skills"
+KNOWN = f"{', '.join(VARIANTS)}, no-<ablation> for --without <ablation>, and <variant>{KEPT} for "
+KNOWN += "the same runs evaluated with their active skills in the prompt"
 
 BLUE, ORANGE, GREEN, GRAY = "#1f5fa8 #d9822b #3a8f5c #8a8f98".split()  # of all figures
 COLORS = {"gigpo": GRAY, "siri": BLUE, "response-strong": GREEN}
@@ -67,13 +71,15 @@ OTHER_COLORS = (ORANGE, "#7b5ea7", "#b0413e", "#4aa3a2", "#a08030")
 
 
 def describe(variant) -> tuple[str, str, str]:
-    """A line of VARIANTS, or what `no-<ablation>` stands for."""
-    name = variant.removeprefix("no-")
-    if variant not in VARIANTS and name == variant:
-        known = f"{', '.join(VARIANTS)}, or no-<ablation> for --without <ablation>"
-        raise UserError(f"--variants {variant}: choose of {known}")
-    flags = ("", f"--without {name}") if name in IN_PHASE_2 else (f"--without {name}", "")
-    return VARIANTS.get(variant, (f"without {name.replace('_', ' ')}", *flags))
+    """A line of VARIANTS, or what `no-<ablation>` and `<variant>+skills` stand for."""
+    name, kept, _ = variant.partition(KEPT)
+    ablation = name.removeprefix("no-")
+    if name not in (*VARIANTS, *(f"no-{x}" for x in ABLATIONS)):
+        raise UserError(f"--variants {variant}: choose of {KNOWN}")
+    flags = ("", f"--without {ablation}")
+    flags = flags if ablation in IN_PHASE_2 else flags[::-1]
+    title, *flags = VARIANTS.get(name, (f"without {ablation.replace('_', ' ')}", *flags))
+    return (f"{title}, evaluated with its skills" if kept else title, *flags)
 
 
 # --- Running --------------------------------------------------------------------------------------
@@ -82,18 +88,23 @@ def describe(variant) -> tuple[str, str, str]:
 def chain(args, variant, seed) -> list[dict]:
     """The stages of one variant and seed, in order: a command, then an evaluation."""
     _, both, later = describe(variant)
+    variant, kept, _ = variant.partition(KEPT)
     warm = f"{args.name}-warmup-s{seed}"
     mined = f"{args.name}-mine-{variant if both else 'siri'}-s{seed}"
     fresh = f"{args.flags} --seed {seed}"
 
     def stage(run, phase, flags, iteration=None):
         point = f"-{iteration}" if phase == "distill" else ""
-        out = f"runs/{run}/study-{phase}{point}.json"
-        return {"run": run, "phase": phase, "flags": flags, "iteration": iteration, "out": out}
+        skills = bool(kept and iteration)  # there is none before phase 1
+        out = f"runs/{run}/study-{phase}{point}{'-skills' if skills else ''}.json"
+        found = {"run": run, "phase": phase, "flags": flags, "iteration": iteration}
+        return found | {"skills": skills, "out": out}
 
     start, before = stage(warm, "warmup", fresh), f"--fork {warm}"
-    if variant == "no-warmup":  # mine.py begins with the initial policy
+    if variant in ("init", "no-warmup"):  # the initial policy, with which mine.py then begins
         start, before = stage(warm, "init", fresh), fresh
+    if variant == "init":
+        return [start]
     last = args.mine_iterations
     stages = [start, stage(mined, "mine", f"{before} {both} --mine_iterations {last}", last)]
     for last in np.linspace(0, args.distill_iterations, args.points + 1)[1:].round().astype(int):
@@ -122,7 +133,10 @@ def run_seed(args, seed):
     for variant in args.variants:
         start, *later = chain(args, variant, seed)
         run_stages(args, [start])
-        mining[later[0]["run"]] += later
+        if later:
+            mining[later[0]["run"]] += later
+    for stages in mining.values():  # what shares a run is evaluated before that goes on
+        stages.sort(key=lambda x: (x["phase"] == "distill", x["run"], x["iteration"]))
     with ThreadPoolExecutor(max(1, args.jobs // len(args.seeds))) as pool:
         list(pool.map(lambda stages: run_stages(args, stages), mining.values()))
 
@@ -134,6 +148,7 @@ def run_stages(args, stages):
         if out.exists():
             continue
         how = f"--checkpoint {phase} --eval_items {args.eval_items} --out {out}"
+        how += " --skills" if stage["skills"] else ""
         if phase == "init":  # there is no run yet whose flags the evaluation could take
             how += f" {stage['flags']}"
         else:
@@ -169,18 +184,22 @@ def collect(args, earlier) -> dict:
     variants = defaultdict(dict, earlier.get("variants", {}))
     explained = earlier.get("explained", {})
     for variant in args.variants:
-        logs = []
+        logs, tokens = [], []  # the latter of an episode of the last evaluation
         for seed in args.seeds:
             stages = chain(args, variant, seed)
-            logs.append(read_metrics(stages[-1]["run"]))
+            logs.append(read_metrics(stages[-1]["run"]) if variant != "init" else [])
             points = variants[variant][seed] = []
             for stage in stages:
                 last = stage["iteration"] or float("inf")
                 before = [x for x in logs[-1] if x["phase"] == stage["phase"]]
                 counts = [x["episodes_so_far"] for x in before if x["iteration"] <= last]
-                items = read_json(stage["out"], ["items"])["items"]
-                points.append([max(counts, default=0), sum(items.values()), len(items)])
-        explained[variant] = explain(logs) if len(logs) == len(variants[variant]) else {}
+                found = read_json(stage["out"], ["items", "results"])
+                items = found["items"].values()
+                points.append([max(counts, default=0), sum(items), len(items)])
+            tokens.append(found["results"]["all"]["tokens"])
+        explained[variant] = {}
+        if len(logs) == len(variants[variant]):
+            explained[variant] = explain(logs) | {"tokens": round(float(np.mean(tokens)))}
     return {"variants": variants, "explained": explained}
 
 
@@ -195,9 +214,10 @@ def read_metrics(run) -> list[dict]:
 def explain(logs) -> dict:
     """What may explain a difference: means over the seeds, and the iterations of phases 1 and 2."""
     later = [line for log in logs for line in log if line["phase"] != "warmup"]
+    first = [log[0] for log in logs if log]
     values = {
-        "first_success": [log[0]["success_plain"] for log in logs],
-        "first_contrast": [1 - log[0]["no_contrast"] for log in logs],
+        "first_success": [line["success_plain"] for line in first],
+        "first_contrast": [1 - line["no_contrast"] for line in first],
         "active": [line["active"] > 0 for line in later],
     }
     for name in ("no_contrast", "delta", "gated_share"):
@@ -225,15 +245,20 @@ def measures(curve) -> dict:
     """Episodes of one seed; success after the warm-up, at the end, its mean over those between."""
     episodes, solved, items = np.array(curve, float).T
     success = solved / items
-    area = np.trapezoid(success, episodes) / (episodes[-1] - episodes[0])
+    area = success[0]  # of a policy that is not trained
+    if len(curve) > 1:
+        area = np.trapezoid(success, episodes) / (episodes[-1] - episodes[0])
     return {"episodes": episodes[-1], "warmup": success[0], "end": success[-1], "curve": area}
 
 
 def differences(curves, control, measure) -> list[float]:
-    """Variant - control for each seed. UserError unless both have the same seeds and plan."""
-    if curves.keys() != control.keys():
-        raise UserError("variant and control have other seeds; finish the study first")
-    if any(plan(curve) != plan(control[seed]) for seed, curve in curves.items()):
+    """Variant - control for each seed of the variant. UserError where the control lacks one, or has
+    another plan.
+    """
+    if curves.keys() - control.keys():
+        raise UserError("the control lacks seeds of the variant; finish the study first")
+    trained = {seed: curve for seed, curve in curves.items() if len(curve) > 1}
+    if any(plan(curve) != plan(control[seed]) for seed, curve in trained.items()):
         raise UserError("variant and control were evaluated at other episodes or items")
     return [measures(c)[measure] - measures(control[seed])[measure] for seed, c in curves.items()]
 
@@ -385,8 +410,7 @@ def parse(words):
     run = commands.add_parser("run", help="train, evaluate, and add to results/study.json")
     run.add_argument("--name", required=True, help="of the study; its runs begin with it")
     run.add_argument("--title", default="", help="in the table and above its panel")
-    names = f"of {', '.join(VARIANTS)}, or no-<ablation> for --without <ablation>"
-    run.add_argument("--variants", default="siri,gigpo", help=names)
+    run.add_argument("--variants", default="siri,gigpo", help=f"of {KNOWN}")
     run.add_argument("--seeds", default="1,2,3,4,5")
     run.add_argument("--flags", default="", help="flags of every phase of every variant")
     run.add_argument("--mine_iterations", type=int, default=4)
