@@ -28,6 +28,7 @@ SHAPES = {  # Qwen2.5 with random weights, to measure without a download
 }
 SHIPPED = {  # folders of this project
     "tiny": "tiny/policy_shop",
+    "tiny-silent": "tiny/policy_shop_silent",  # acts without thinking
     "tiny-household": "tiny/policy_household",
     "tiny-alfworld": "tiny/policy_alfworld",
 }

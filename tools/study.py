@@ -9,18 +9,17 @@ after the warm-up, after mining and at --points points of phase 2. A command who
 there is skipped, so the same line goes on where it was stopped. --jobs seeds run at once, or the
 variants of fewer seeds.
 
-The seeds join those of earlier calls, whose runs may be gone, and the study the others in
-results/study.json, as name -> {title, variants, ...}:
+The seeds join those of earlier calls, whose runs may be gone, and the study the others in the file
+--results, as name -> {title, variants, ...}:
 
     variants   variant -> seed -> [[episodes, solved, items], ...], a point for each evaluation
     pools      instead: studies whose seeds are taken together; `only` some of their variants
     explained  variant -> means over the seeds and the iterations of phases 1 and 2; empty where
                the seeds are of several calls
-    control    what the other variants are compared with, where it is not gigpo
     panel      whether the figure shows the study
 
-Each interval is Student's t, 95%, over the seeds' differences to the control: it speaks of other
-seeds on the same items.
+Each interval is Student's t, 95%, over the seeds' differences to GiGPO and to SIRI: it speaks of
+other seeds on the same items.
 """
 
 import json
@@ -46,7 +45,6 @@ from runtime.flags import check_name
 from runtime.run import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path("results/study.json")
 FIXED = ("flags", "mine_iterations", "distill_iterations", "points", "eval_items")  # of a study
 
 VARIANTS = {  # name: (in tables and figures, flags of phases 1 and 2, more flags of phase 2)
@@ -61,6 +59,7 @@ VARIANTS = {  # name: (in tables and figures, flags of phases 1 and 2, more flag
     "other": ("skills of other tasks shown", "--show other", ""),
 }
 IN_PHASE_2 = ("internalization", "gate", "weight", "action_mask")  # phase 1 is the same without
+CONTROLS = ("gigpo", "siri")  # what the other variants are compared with
 KEPT = "+skills"
 KNOWN = f"{', '.join(VARIANTS)}, no-<ablation> for --without <ablation>, and <variant>{KEPT} for "
 KNOWN += "the same runs evaluated with their active skills in the prompt"
@@ -166,7 +165,7 @@ def remember(args):
     path = Path("runs") / f"study-{args.name}.json"
     wanted = {name: getattr(args, name) for name in FIXED}
     earlier = [read_json(path)] if path.exists() else []
-    if "command" in (recorded := read_studies().get(args.name, {})):
+    if "command" in (recorded := read_studies(args.results).get(args.name, {})):
         earlier.append(vars(parse(shlex.split(recorded["command"])[3:])))
     for known, name in product(earlier, FIXED):
         if known[name] != wanted[name]:
@@ -175,8 +174,8 @@ def remember(args):
     write_atomically(path, json.dumps(wanted, indent=1))
 
 
-def read_studies() -> dict:
-    return read_json(RESULTS) if RESULTS.exists() else {}
+def read_studies(path) -> dict:
+    return read_json(path) if Path(path).exists() else {}
 
 
 def collect(args, earlier) -> dict:
@@ -288,36 +287,35 @@ def variants_of(studies, name) -> dict:
 # --- Table and figure -----------------------------------------------------------------------------
 
 HEAD = ["study", "variant", "seeds", "episodes", "after warm-up", "at the end", "over the curve"]
-HEAD += ["difference over the curve, 95%", "ahead", "difference at the end, 95%", "ahead"]
+HEAD += [f"{where}, minus {describe(x)[0]}" for x in CONTROLS for where in ("curve", "end")]
 
 
 def rows(studies, name) -> list[list[str]]:
-    """A study's lines of the table, a variant each."""
-    study = studies[name]
+    """A study's lines of the table, a variant each; empty cells where there is no such control."""
     variants = variants_of(studies, name)
-    control = study.get("control", "gigpo")
     lines = []
     for variant, curves in variants.items():
         found = [measures(curve) for curve in curves.values()]
         means = {key: np.mean([x[key] for x in found]) for key in found[0]}
-        line = [study["title"], describe(variant)[0], str(len(found)), f"{means['episodes']:.0f}"]
+        line = [studies[name]["title"], describe(variant)[0], str(len(found))]
+        line += [f"{means['episodes']:.0f}"]
         line += [f"{means[key]:.3f}" for key in ("warmup", "end", "curve")]
-        for key in ("curve", "end"):
-            if variant == control or control not in variants:
-                line += ["", ""]
-            else:
-                gains = differences(curves, variants[control], key)
-                line += [estimate(gains), f"{sum(gain > 0 for gain in gains)} of {len(gains)}"]
+        for control, key in product(CONTROLS, ("curve", "end")):
+            cell = ""
+            if variant != control and control in variants:
+                cell = estimate(differences(curves, variants[control], key))
+            line.append(cell)
         lines.append(line)
     return lines
 
 
 def estimate(values) -> str:
-    """`+0.125 (+0.046 to +0.204)`."""
+    """`+0.125 (+0.046 to +0.204), 9 of 10`: of so many seeds so many are ahead."""
     if len(values) == 1 or np.ptp(values) == 0:
         return f"{values[0]:+.3f} ({'one seed' if len(values) == 1 else 'in every seed'})"
     low, high = interval(values)
-    return f"{np.mean(values):+.3f} ({low:+.3f} to {high:+.3f})"
+    ahead = sum(value > 0 for value in values)
+    return f"{np.mean(values):+.3f} ({low:+.3f} to {high:+.3f}), {ahead} of {len(values)}"
 
 
 def markdown(studies) -> str:
@@ -363,11 +361,14 @@ def draw(studies, path):
     labels = {}
     for axis, (name, study) in zip(axes[0], shown.items(), strict=True):
         for variant, curves in variants_of(studies, name).items():
-            color = colors.setdefault(variant, OTHER_COLORS[len(colors) % len(OTHER_COLORS)])
+            base, kept, _ = variant.partition(KEPT)
+            color = colors.setdefault(base, OTHER_COLORS[len(colors) % len(OTHER_COLORS)])
             points = np.array(list(curves.values()), float)  # [seeds, points, 3]
             episodes = points[:, :, 0].mean(0)
             success = points[:, :, 1] / points[:, :, 2]
-            (line,) = axis.plot(episodes, success.mean(0), color=color, marker="o", ms=4)
+            (line,) = axis.plot(
+                episodes, success.mean(0), "o--" if kept else "o-", color=color, ms=4
+            )
             band = {"color": color, "alpha": 0.12, "lw": 0}
             axis.fill_between(episodes, success.min(0), success.max(0), **band)
             labels.setdefault(describe(variant)[0], line)
@@ -391,7 +392,7 @@ def run_study(args) -> str:
     remember(args)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda seed: run_seed(args, seed), args.seeds))
-    studies = read_studies()
+    studies = read_studies(args.results)
     earlier = studies.get(args.name, {})
     study = {"title": args.name, "panel": True} | earlier | collect(args, earlier)
     study["title"] = args.title or study["title"]
@@ -399,15 +400,18 @@ def run_study(args) -> str:
     text = json.dumps(studies | {args.name: study}, indent=1)
     curves = r"\[[\d\s,\[\]]+\]"  # each on one line
     text = re.sub(curves, lambda curve: "".join(curve[0].split()), text)
-    write_atomically(RESULTS, text + "\n")
+    write_atomically(args.results, text + "\n")
     return f"{markdown({args.name: study})}\n\n{reasons({args.name: study})}"
 
 
 def parse(words):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("table", help="draw results/study.json again")
-    run = commands.add_parser("run", help="train, evaluate, and add to results/study.json")
+    table = commands.add_parser("table", help="make the page and the picture of a file again")
+    run = commands.add_parser("run", help="train, evaluate, and add to a file")
+    for command in (table, run):
+        known = "a JSON file of studies; page and picture lie next to it"
+        command.add_argument("--results", default="results/study.json", help=known)
     run.add_argument("--name", required=True, help="of the study; its runs begin with it")
     run.add_argument("--title", default="", help="in the table and above its panel")
     run.add_argument("--variants", default="siri,gigpo", help=f"of {KNOWN}")
@@ -436,9 +440,10 @@ def main():
             describe(variant)  # a wrong one is to be known at once
         print(run_study(args))
     else:
-        studies = read_json(RESULTS)
-        replace_block(RESULTS.with_suffix(".md"), "study", markdown(studies))
-        draw(studies, RESULTS.with_suffix(".png"))
+        path = Path(args.results)
+        studies = read_json(path)
+        replace_block(path.with_suffix(".md"), "study", markdown(studies))
+        draw(studies, path.with_suffix(".png"))
         print(reasons(studies))
 
 
