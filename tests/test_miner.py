@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,9 @@ import torch
 from config import UserError
 from mine import write_summaries
 from runtime.policy import Policy, load_policy
+from skills import parse_skill
+from tiny import writer
+from tiny.lessons_shop import lessons
 
 SKILL_TEXT = '{"condition": "it is dark", "strategy": "use the lamp"}'
 
@@ -92,3 +96,27 @@ def test_another_model_writes_the_skills(policy, config, tmp_path):
     config.miner = str(tmp_path / "miner")
     assert write_summaries(prompts, fresh, config, seed=1) != own
     assert write_summaries(prompts, policy, config, seed=1) != own
+
+
+@pytest.fixture
+def demonstrator():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), writer.Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_shops_demonstrator_writes_what_its_lessons_taught(demonstrator, policy, config):
+    """The lessons' own summary of the same episode, by the endpoint and from the request alone."""
+    config.miner = demonstrator
+    asked = [(x, y) for x, y in lessons(300, seed=3) if y.startswith("{")]
+    assert len(asked) > 10
+    texts = write_summaries([x for x, _ in asked], policy, config, seed=1)
+    for text, (_, taught) in zip(texts, asked, strict=True):
+        found, wanted = parse_skill(text), parse_skill(taught)
+        assert found[0] == wanted[0]
+        assert sorted(re.findall(r"the (\w+)", found[1])) == sorted(
+            re.findall(r"the (\w+)", wanted[1])
+        )
+    assert parse_skill(writer.write("hello")) is None

@@ -57,6 +57,11 @@ VARIANTS = {  # name: (in tables and figures, flags of phases 1 and 2, more flag
     "nothing": ("no skill shown", "--show nothing", ""),
     "neutral": ("neutral words shown", "--show neutral", ""),
     "other": ("skills of other tasks shown", "--show other", ""),
+    "writer": (
+        "skills by another writer",
+        "--miner http://127.0.0.1:8123/v1",
+        "",
+    ),  # tiny/writer.py
 }
 IN_PHASE_2 = ("internalization", "gate", "weight", "action_mask")  # phase 1 is the same without
 CONTROLS = ("gigpo", "siri")  # what the other variants are compared with
