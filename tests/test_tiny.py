@@ -288,6 +288,22 @@ def test_the_learning_rate_rises_then_falls_to_nothing():
     assert rates[:31] == sorted(rates[:31]) and rates[30:] == sorted(rates[30:], reverse=True)
 
 
+@pytest.mark.parametrize("world", ["alfworld", "webshop"])
+def test_a_policy_that_acts_without_thinking_is_taught_the_same_actions(world):
+    thinking = imitate.draw(Lessons(world=world), 300, seed=4)
+    silent = imitate.draw(Lessons(world=world, thoughts=False), 300, seed=4)
+    assert [x for x, _ in silent] == [x for x, _ in thinking]
+    summaries = 0
+    for (_, thought), (_, act) in zip(thinking, silent, strict=True):
+        if imitate.is_summary(thought):
+            summaries += 1
+            assert act == thought
+        else:
+            assert act == "<think></think>" + thought.split("</think>")[1]
+            assert thought != act
+    assert 0 < summaries < 100
+
+
 # --- the shipped policies -------------------------------------------------------------------------
 
 
