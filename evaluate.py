@@ -135,9 +135,15 @@ def table(results) -> str:
 
 
 def find_checkpoint(config, name) -> str | Path:
-    """A phase of the run, "init" or a model -> the path of its model."""
+    """A phase of the run, "init" or a model -> the path of its model. UserError for a save that is
+    damaged or of another phase.
+    """
     if name not in PHASES:
-        return config.model if name == "init" else name
+        path = config.model if name == "init" else name
+        save = Path(path).parent
+        if (save / saves.MANIFEST).exists() and (reason := saves.problem(save)):
+            raise UserError(f"--checkpoint {path}: {reason}; choose another one")
+        return path
     folder = saves.find(Path("runs") / config.run, name)
     if folder is None:
         remedy = f"run `python {name}.py --run {config.run}`, or use --checkpoint init"
@@ -170,7 +176,7 @@ def digest(items, config) -> str:
 
 def identity_of(config, choice, items, path, bank) -> str:
     """Twelve hex digits of this very evaluation: same model, items, settings and skills."""
-    manifest = Path(path).parent / saves.MANIFEST  # of a save, whose files were hashed just now
+    manifest = Path(path).parent / saves.MANIFEST  # of a save, whose files were checked just now
     if manifest.exists():
         model = manifest.read_text(encoding="utf-8")
     else:
@@ -224,7 +230,7 @@ def main():
     )
     folder = Path(path).parent
     is_save = (folder / saves.MANIFEST).exists()
-    iteration = load_state(folder)["iteration"] if is_save else None
+    iteration = load_state(folder, ["iteration"])["iteration"] if is_save else None
     record |= {"iteration": iteration, "results": results}
     record["items"] = {outcome["item"]: outcome["success"] for outcome in outcomes}
     if parallel.rank() == 0:

@@ -22,6 +22,7 @@ import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from pickle import UnpicklingError
 
 try:
     import resource
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 import envs
-from config import PHASES, Config, UserError, read_jsonl, write_atomically
+from config import PHASES, Config, UserError, has, read_jsonl, write_atomically
 from runtime import guard, memory, parallel, saves
 from runtime.flags import known_flags, other_value
 from runtime.policy import Policy, load_policy, load_reference, make_optimizer
@@ -103,9 +104,19 @@ def list_items(config: Config, split: str) -> list[str]:
     return parallel.by_one(lambda: envs.list_items(config.env, split, config.data))
 
 
-def load_state(folder) -> dict:
-    """state.pt of a phase: no code runs; the optimizer's part stays in the file until used."""
-    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+def load_state(folder, needed=()) -> dict:
+    """state.pt of a save: no code runs; the optimizer's part stays in the file until used.
+    UserError where it is none, or has not the names that are `needed`.
+    """
+    path = folder / "state.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, KeyError, RuntimeError, UnpicklingError):
+        state = None
+    if not has(state, needed):
+        remedy = f"delete {folder}, and the save before it is used, if there is one"
+        raise UserError(f"{path}: damaged or of another version; {remedy}")
+    return state
 
 
 class Run:
@@ -137,7 +148,8 @@ class Run:
             self.check_flags()
         elif after:
             self.source = self.find_before(after)
-        self.state = load_state(self.source) if self.source else first
+        needed = ["iteration", "finished", *first]
+        self.state = load_state(self.source, needed) if self.source else first
         if self.resumed:  # a raised flag may give a finished phase more to do
             enough = phase == "warmup" and len(self.state["successes"]) >= config.n_req
             self.state["finished"] &= enough or self.state["iteration"] >= self.last
@@ -167,10 +179,10 @@ class Run:
         """The last save of phase `after`, of this run or of --fork. UserError if unfinished."""
         root = self.root
         fork = self.config.fork
-        if fork and not list(root.glob(f"{after}*")):
+        if fork and not saves.folders(root, after):
             root = Path("runs") / fork
             theirs, ours = root / "metrics.jsonl", self.root / "metrics.jsonl"
-            if theirs.exists() and not ours.exists() and parallel.rank() == 0:
+            if theirs.exists() and parallel.rank() == 0:
                 earlier = PHASES[: PHASES.index(self.phase)]
                 lines = [
                     json.dumps(x) for x in read_jsonl(theirs, ["phase"]) if x["phase"] in earlier
@@ -180,7 +192,7 @@ class Run:
         command = f"`python {after}.py --run {root.name}`"
         if folder is None:
             raise UserError(f"{root / after}/model is missing: run {command} first")
-        if not load_state(folder)["finished"]:
+        if not load_state(folder, ["finished"])["finished"]:
             raise UserError(f"{folder} is not finished: {command} goes on with it")
         return folder
 

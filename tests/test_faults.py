@@ -96,6 +96,48 @@ def test_a_damaged_save_is_named_and_the_one_before_is_used(two_saves, capsys, n
     assert (two_saves / "mine.old" / "state.pt").read_bytes()[0] == 1
 
 
+@pytest.mark.parametrize("left", ["{}", '{"phase": "mine", "files": {}}', "without the weights"])
+def test_a_manifest_that_does_not_know_every_file_switches_nothing_off(two_saves, capsys, left):
+    """With `{}` in it flipped weights were trained on."""
+    manifest = two_saves / "mine" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["files"]["model/weights"]
+    manifest.write_text(json.dumps(content) if left == "without the weights" else left)
+    assert saves.find(two_saves, "mine") == two_saves / "mine.old"
+    assert "manifest.json is damaged" in (said := capsys.readouterr().out) or "not know" in said
+
+
+def test_what_a_system_hides_in_a_folder_is_no_damage(two_saves):
+    for name in (".DS_Store", ".nfs000123", ".ipynb_checkpoints/state.pt"):
+        path = two_saves / "mine" / "model" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert saves.find(two_saves, "mine") == two_saves / "mine"
+    (two_saves / "mine" / "model" / "more.safetensors").touch()  # would be loaded
+    assert saves.find(two_saves, "mine") == two_saves / "mine.old"
+
+
+def test_the_save_of_another_phase_is_refused_and_not_set_aside(two_saves):
+    (two_saves / "mine").rename(two_saves / "distill")
+    for phase in ("distill", "distill.old"):
+        with pytest.raises(UserError, match=f"{phase} is a save of mine: give the folders back"):
+            saves.find(two_saves, "distill", set_aside=True)
+        if phase == "distill":
+            (two_saves / "distill").rename(two_saves / "distill.old")
+    assert saves.find(two_saves, "mine") == two_saves / "mine.old"
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"text", None])
+def test_a_state_that_is_none_is_one_line(two_saves, content):
+    path = two_saves / "mine" / "state.pt"
+    path.write_bytes(content or b"")
+    if content is None:
+        torch.save({"iteration": 1}, path)
+        assert load_state(path.parent, ["iteration"]) == {"iteration": 1}
+    with pytest.raises(UserError, match="state.pt: damaged or of another version; delete .*mine, "):
+        load_state(path.parent, ["iteration", "finished"])
+
+
 def test_without_a_whole_save_the_remedy_is_named(two_saves):
     for name in ("mine", "mine.old"):
         (two_saves / name / "state.pt").write_bytes(b"")

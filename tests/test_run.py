@@ -115,6 +115,50 @@ def test_a_fork_does_not_silently_go_on_from_the_runs_own_phase(begun, monkeypat
         call(mine, "--run u --fork t --mine_iterations 1")
 
 
+def test_a_fork_does_not_go_on_from_what_is_left_of_the_runs_own_phase(begun):
+    """Killed between the two renames of a save, a run has only the one before it."""
+    shutil.copytree("runs/t", "runs/u")
+    Path("runs/u/warmup").rename("runs/u/warmup.old")
+    with pytest.raises(UserError, match="--fork t: u has its own warmup; use another --run"):
+        call(mine, "--run u --fork t --mine_iterations 1")
+    shutil.rmtree("runs/u/warmup.old")
+    Path("runs/u/warmup.part").mkdir()  # it was never saved
+    call(mine, "--run u --fork t --mine_iterations 1")
+
+
+def test_a_fork_that_was_refused_leaves_no_line_to_the_next_one(begun):
+    call(warmup, f"{begun} --warmup_iterations 2".replace("--run t", "--run v"))
+    shutil.copy("runs/v/metrics.jsonl", "runs/t/metrics.jsonl")
+    state = Path("runs/t/warmup/state.pt")
+    torch.save(torch.load(state) | {"finished": False}, state)
+    saves.seal(state.parent, "warmup")
+    with pytest.raises(UserError, match="runs/t/warmup is not finished"):
+        call(mine, "--run u --fork t --mine_iterations 1")
+    call(warmup, f"{begun} --warmup_iterations 1".replace("--run t", "--run w"))
+    call(mine, "--run u --fork w --mine_iterations 1")
+    assert [(x["phase"], x["iteration"]) for x in logged("u")] == [("warmup", 1), ("mine", 1)]
+
+
+@pytest.mark.parametrize("script", [mine, evaluate])
+def test_a_folder_with_the_save_of_another_phase_is_refused(begun, script):
+    """Swapped by hand, `mine/` and `distill/` were taken one for the other."""
+    shutil.copytree("runs/t/warmup", "runs/t/mine")
+    where = " --checkpoint mine" if script is evaluate else ""
+    with pytest.raises(UserError, match="runs/t/mine is a save of warmup: give the folders back"):
+        call(script, f"--run t{where}")
+    assert Path("runs/t/mine").exists()
+
+
+def test_a_damaged_save_is_not_evaluated_by_its_path_either(begun):
+    path = Path("runs/t/warmup/state.pt")
+    shutil.copytree("runs/t/warmup", "best")  # one may keep a copy under any name
+    flags = "--run t --eval_items 1 --checkpoint"
+    call(evaluate, f"{flags} best/model")
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="--checkpoint runs/t/warmup/model: .*state.pt has 0 bytes"):
+        call(evaluate, f"{flags} runs/t/warmup/model")
+
+
 def test_a_saved_state_is_read_on_any_device_and_runs_no_code(begun, monkeypatch):
     seen = {}
     load = torch.load
@@ -176,7 +220,7 @@ def test_a_value_that_no_run_could_have_is_one_line_at_the_start(flags, message,
 def rewrite(path, **flags):
     """Write flags into the config.json of a save, and its manifest anew."""
     (path / "config.json").write_text(json.dumps(flags))
-    (path / "manifest.json").write_text(json.dumps(saves.files_of(path)))
+    saves.seal(path, path.name)
 
 
 def test_a_run_of_another_version_says_what_its_flags_are_called_now(begun, monkeypatch):
