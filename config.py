@@ -8,6 +8,7 @@ is what every other file may need and that belongs to none: `UserError`, and rea
 small files. Nothing of this project is imported here.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -72,8 +73,8 @@ class Config:
         fixed=True,
         choices=("fast", "textworld", "textworld-trusted"),
     )
-    data: str = flag(
-        "", "folder, else $ALFWORLD_DATA (~/.cache/alfworld), $WEBSHOP_DATA", fixed=True
+    data: str = flag(  # free to move: a run knows what is in it
+        "", "folder, else $ALFWORLD_DATA (~/.cache/alfworld), $WEBSHOP_DATA", free=True
     )
     split: str = flag("train", "of the tasks; WebShop's also train:human, train:verl", fixed=True)
     max_steps: int = flag(50, "an episode ends, unsolved, after this many steps", at_least=1)
@@ -312,6 +313,12 @@ def read_jsonl(path, needed=()) -> list[dict]:
                 raise UserError(f"{path}, line {number}: {what}; fix or delete that line")
             records.append(record)
     return records
+
+
+def sha256(path) -> str:
+    """Of a file's content: a second a gigabyte."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path, text):

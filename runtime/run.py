@@ -91,8 +91,6 @@ def set_up(config: Config) -> torch.device:
     ranks = parallel.world_size()
     if ranks > config.tasks:
         raise UserError(f"{ranks} processes share --tasks {config.tasks}: start fewer, or raise it")
-    if config.env == "alfworld" and config.engine != "fast":
-        envs.world("alfworld").load_stock()  # here, since a game that does not open is left out
     if config.offload and ranks > 1:
         raise UserError("--offload is for one GPU; several shard the state")
     set_seed(config.seed)
@@ -101,7 +99,7 @@ def set_up(config: Config) -> torch.device:
 
 def list_items(config: Config, split: str) -> list[str]:
     """Every item of a split; embedded data may have to be made."""
-    return parallel.by_one(lambda: envs.list_items(config.env, split, config.data))
+    return parallel.by_one(lambda: envs.list_items(config.env, split, config.data, config.engine))
 
 
 def load_state(folder, needed=()) -> dict:
@@ -148,8 +146,11 @@ class Run:
             self.check_flags()
         elif after:
             self.source = self.find_before(after)
-        needed = ["iteration", "finished", *first]
+        needed = ["iteration", "finished", "data", *first]
         self.state = load_state(self.source, needed) if self.source else first
+        self.digests = {}  # of what the run is made of, alike in all phases
+        data = parallel.by_one(lambda: envs.digest(config.env, self.items))
+        self.keep("data", data, f"the tasks in {envs.data_root(config.env, config.data)}")
         if self.resumed:  # a raised flag may give a finished phase more to do
             enough = phase == "warmup" and len(self.state["successes"]) >= config.n_req
             self.state["finished"] &= enough or self.state["iteration"] >= self.last
@@ -195,6 +196,14 @@ class Run:
         if not load_state(folder, ["finished"])["finished"]:
             raise UserError(f"{folder} is not finished: {command} goes on with it")
         return folder
+
+    def keep(self, name, digest, what):
+        """Keep a digest in the saves. UserError where the save that it starts from has another."""
+        known = self.state.pop(name, digest)
+        if digest != known:
+            remedy = "bring those back, or begin a new --run"
+            raise UserError(f"{what} are not those that {self.source} was made with: {remedy}")
+        self.digests[name] = digest
 
     def check_flags(self):
         """UserError where this phase was begun with another value of a flag that is not free."""
@@ -273,7 +282,7 @@ class Run:
             try:
                 self.policy.model.save_pretrained(part / "model", state_dict=weights)
                 self.policy.tokenizer.save_pretrained(part / "model")
-                state = {"optimizer": moments, **self.boundary["state"]}
+                state = {"optimizer": moments, **self.digests, **self.boundary["state"]}
                 saves.write_tensors(state, part / "state.pt")
                 write_atomically(part / "config.json", json.dumps(asdict(self.config), indent=2))
                 if self.boundary["skills"] is not None:

@@ -13,7 +13,6 @@ checks them, so a torn file or a flipped bit is named and the save before it is 
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -28,7 +27,7 @@ except ImportError:  # Windows: a run is not locked there
 
 import torch
 
-from config import PHASES, UserError
+from config import PHASES, UserError, sha256
 
 MANIFEST = "manifest.json"
 
@@ -47,11 +46,6 @@ def own(root: Path):
         pass
     os.ftruncate(handle, 0)
     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-
-
-def sha256(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def names_in(folder: Path) -> list[str]:

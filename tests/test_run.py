@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, call
 
+import distill
+import envs
 import evaluate
 import mine
 import warmup
@@ -157,6 +159,44 @@ def test_a_damaged_save_is_not_evaluated_by_its_path_either(begun):
     path.write_bytes(b"")
     with pytest.raises(UserError, match="--checkpoint runs/t/warmup/model: .*state.pt has 0 bytes"):
         call(evaluate, f"{flags} runs/t/warmup/model")
+
+
+@pytest.mark.parametrize(
+    "change", ["a game less", "a game more", "another content", "another name"]
+)
+def test_tasks_that_changed_since_the_run_began_are_refused(begun, games, monkeypatch, change):
+    """They were played without a word, whether in the same folder or in another one."""
+    shutil.copytree(games, "data")
+    trial = Path(envs.list_items("alfworld", "train", "data")[0]).parent
+    if change == "a game less":
+        shutil.rmtree(trial)
+    elif change == "a game more":
+        shutil.copytree(trial, trial.with_name("trial_2"))
+    elif change == "another name":
+        trial.rename(trial.with_name("trial_2"))
+    else:
+        game = trial / "game.tw-pddl"
+        game.write_text(game.read_text() + " ")
+    message = (
+        "the tasks in data are not those that runs/t/warmup was made with: bring those back, or"
+    )
+    resumed = (warmup, f"{begun} --warmup_iterations 2")
+    for script, flags in (resumed, (mine, "--run t"), (mine, "--run u --fork t")):
+        with pytest.raises(UserError, match=message):
+            call(script, f"{flags} --data data")
+    monkeypatch.setenv("ALFWORLD_DATA", "data")
+    with pytest.raises(UserError, match=message):
+        call(mine, "--run t --data=")
+    assert len(logged()) == 1 and not Path("runs/t/mine").exists()
+
+
+def test_tasks_may_move_between_phases(begun, games, monkeypatch):
+    shutil.copytree(games, "data")
+    call(mine, "--run t --mine_iterations 1 --data data")
+    monkeypatch.setenv("ALFWORLD_DATA", "data")
+    call(mine, "--run t --mine_iterations 2 --data=")
+    call(distill, "--run t --distill_iterations 1")
+    assert [x["phase"] for x in logged()] == ["warmup", "mine", "mine", "distill"]
 
 
 def test_a_saved_state_is_read_on_any_device_and_runs_no_code(begun, monkeypatch):
