@@ -1,5 +1,6 @@
 """Loading a policy, its frozen reference and its optimizer."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ import optimi
 import torch
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, set_seed
 from transformers import logging as transformers_logging
 
 from config import Config, UserError
@@ -71,6 +72,7 @@ def load_policy(path, config: Config, device, trainable=True) -> tuple:
         words = local_path("tiny") if path in SHAPES else path
         tokenizer = PreTrainedTokenizerFast.from_pretrained(words)
         if path in SHAPES:
+            set_seed(config.seed)  # the same weights each time, as from a file
             shape = Qwen2Config(**SHAPES[path], eos_token_id=tokenizer.eos_token_id)
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
@@ -118,6 +120,16 @@ def load_reference(config: Config, device):
         return None
     device = "cpu" if config.offload else device
     return load_policy(config.model, config, device, trainable=False)[0]
+
+
+def digest_weights(model) -> str:
+    """SHA-256 of the weights in memory, wherever they lie: about a second a gigabyte."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        whole = parallel.full_tensors(parameter.detach())  # one at a time; rank 0 has it
+        if parallel.rank() == 0:
+            found.update(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return parallel.by_one(found.hexdigest)
 
 
 class OffloadedAdamW(optimi.AdamW):

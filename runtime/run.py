@@ -38,7 +38,7 @@ import envs
 from config import PHASES, Config, UserError, has, read_jsonl, write_atomically
 from runtime import guard, memory, parallel, saves
 from runtime.flags import known_flags, other_value
-from runtime.policy import Policy, load_policy, load_reference, make_optimizer
+from runtime.policy import Policy, digest_weights, load_policy, load_reference, make_optimizer
 from skills import group_deltas
 
 
@@ -146,7 +146,7 @@ class Run:
             self.check_flags()
         elif after:
             self.source = self.find_before(after)
-        needed = ["iteration", "finished", "data", *first]
+        needed = ["iteration", "finished", "data", "model", *first]
         self.state = load_state(self.source, needed) if self.source else first
         self.digests = {}  # of what the run is made of, alike in all phases
         data = parallel.by_one(lambda: envs.digest(config.env, self.items))
@@ -162,6 +162,9 @@ class Run:
         path = self.source / "model" if self.source else config.model
         model, tokenizer = load_policy(path, config, self.device)
         reference = load_reference(config, self.device)  # pi_ref, the same in all phases
+        initial = reference or (None if self.source else model)  # None: it was not loaded
+        weights = digest_weights(initial) if initial else None
+        self.keep("model", weights, f"the weights of --model {config.model}")
         saved = self.state.pop("optimizer", None)
         optimizer = make_optimizer(model, config.lr, offload=config.offload, saved=saved)
         self.policy = Policy(model, tokenizer, reference, optimizer)
@@ -198,12 +201,14 @@ class Run:
         return folder
 
     def keep(self, name, digest, what):
-        """Keep a digest in the saves. UserError where the save that it starts from has another."""
+        """Keep a digest in the saves. UserError where the save that it starts from has another; with
+        None it goes on with that one.
+        """
         known = self.state.pop(name, digest)
-        if digest != known:
+        if digest not in (None, known):
             remedy = "bring those back, or begin a new --run"
             raise UserError(f"{what} are not those that {self.source} was made with: {remedy}")
-        self.digests[name] = digest
+        self.digests[name] = known
 
     def check_flags(self):
         """UserError where this phase was begun with another value of a flag that is not free."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, call
+from safetensors.torch import load_file, save_file
 
 import distill
 import envs
@@ -197,6 +198,57 @@ def test_tasks_may_move_between_phases(begun, games, monkeypatch):
     call(mine, "--run t --mine_iterations 2 --data=")
     call(distill, "--run t --distill_iterations 1")
     assert [x["phase"] for x in logged()] == ["warmup", "mine", "mine", "distill"]
+
+
+@pytest.fixture
+def kept(begun, monkeypatch):
+    """A run whose --model is a folder that one may change -> (its flags, the weights)."""
+    shutil.copytree(ROOT / "tiny" / "policy_household", "first")
+    shutil.rmtree("runs")
+    flags = f"{begun} --model first"
+    call(warmup, f"{flags} --warmup_iterations 1")
+    return flags, Path("first/model.safetensors")
+
+
+def change(path):
+    """Weights a little larger than they were."""
+    weights = {name: 1.01 * value for name, value in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+
+
+def test_a_reference_that_changed_since_the_run_began_is_refused(kept):
+    """The KL was to whatever lay in --model: 0.00734 instead of 0.00012."""
+    flags, path = kept
+    call(mine, "--run t --mine_iterations 1")
+    change(path)
+    message = "the weights of --model first are not those that runs/t/{} was made with: bring those"
+    for script, more, source in (
+        (warmup, f"{flags} --warmup_iterations 2", "warmup"),
+        (mine, "--run t --mine_iterations 2", "mine"),
+        (mine, "--run u --fork t", "warmup"),
+        (distill, "--run t", "mine"),
+    ):
+        with pytest.raises(UserError, match=message.format(source)):
+            call(script, more)
+
+
+def test_without_a_kl_no_reference_is_needed_and_what_it_was_stays_known(kept):
+    _, path = kept
+    path.rename("elsewhere")
+    call(mine, "--run t --mine_iterations 1 --kl_coef 0")
+    Path("elsewhere").rename(path)
+    call(distill, "--run t --distill_iterations 1")
+    change(path)
+    with pytest.raises(UserError, match="--model first are not those that runs/t/distill was made"):
+        call(distill, "--run t --distill_iterations 2")
+
+
+def test_the_initial_policy_is_the_reference_of_a_later_phase(kept):
+    flags, path = kept
+    call(warmup, f"{flags.replace('--run t', '--run u')} --warmup_iterations 1 --kl_coef 0")
+    change(path)
+    with pytest.raises(UserError, match="--model first are not those that runs/u/warmup was made"):
+        call(mine, "--run u --mine_iterations 1 --kl_coef 0.01")
 
 
 def test_a_saved_state_is_read_on_any_device_and_runs_no_code(begun, monkeypatch):
