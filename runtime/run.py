@@ -201,8 +201,8 @@ class Run:
         return folder
 
     def keep(self, name, digest, what):
-        """Keep a digest in the saves. UserError where the save that it starts from has another; with
-        None it goes on with that one.
+        """Keep a digest in the saves; None is the one of the save that it starts from. UserError
+        where that has another.
         """
         known = self.state.pop(name, digest)
         if digest not in (None, known):

@@ -246,6 +246,7 @@ def test_without_a_kl_no_reference_is_needed_and_what_it_was_stays_known(kept):
 def test_the_initial_policy_is_the_reference_of_a_later_phase(kept):
     flags, path = kept
     call(warmup, f"{flags.replace('--run t', '--run u')} --warmup_iterations 1 --kl_coef 0")
+    call(mine, "--run v --fork u --mine_iterations 1 --kl_coef 0.01")
     change(path)
     with pytest.raises(UserError, match="--model first are not those that runs/u/warmup was made"):
         call(mine, "--run u --mine_iterations 1 --kl_coef 0.01")
