@@ -321,6 +321,13 @@ def sha256(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_whole(path) -> bool:
+    """Whether a JSON file that this project wrote is there up to its last bracket: a machine that
+    loses its power may leave an empty file, or zeros at the end.
+    """
+    return path.is_file() and path.read_bytes()[-1:] in (b"]", b"}")
+
+
 def write_atomically(path, text):
     """Write a text file whole, or leave it as it was; several processes may at once."""
     path = Path(path)

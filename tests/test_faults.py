@@ -19,6 +19,7 @@ from runtime import guard, saves
 from runtime.policy import load_policy
 from runtime.run import load_state, require_finite
 from tests.faults import files, kills, runs
+from worlds import household, shop
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,62 @@ def test_sigterm_saves_the_last_iteration_and_the_run_goes_on_to_the_same_end(wh
     state = load_state(copy / "runs" / "r" / "warmup")
     assert state["iteration"] >= 1
     assert kills.verdict(copy, "warmup", good["warmup"][0]) == "same"
+
+
+MADE = {  # what the project makes itself
+    "shop": lambda: shop.make(Path("tiny-shop-3")),
+    "household": lambda: household.make(Path("games"), {"train": 3}),
+}
+
+
+def content():
+    paths = [path for path in Path().rglob("*") if path.is_file() and path.suffix != ".part"]
+    return {path: path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_data_whose_making_was_killed_are_made_again(tmp_path, monkeypatch, name):
+    """In the middle of each of its files."""
+    monkeypatch.chdir(tmp_path)
+    MADE[name]()
+    whole = content()
+    for last in range(1, len(whole) + 1):
+        for path in whole:
+            path.unlink()
+        child = os.fork()
+        if not child:
+            write = Path.write_text
+            left = iter(range(last, 0, -1))
+
+            def write_half(path, text, encoding, write=write, left=left):
+                if next(left) > 1:
+                    return write(path, text, encoding=encoding)
+                write(path, text[: len(text) // 2], encoding=encoding)
+                os._exit(137)
+
+            Path.write_text = write_half
+            MADE[name]()
+            os._exit(0)
+        assert runs.wait(child) == 137
+        MADE[name]()
+        assert content() == whole
+
+
+@pytest.mark.parametrize("damage", ["deleted", "emptied", "cut in half", "zeros at the end"])
+@pytest.mark.parametrize("name", MADE)
+def test_data_of_which_a_file_was_torn_are_made_again(tmp_path, monkeypatch, name, damage):
+    """Half a game stayed for good, and of half a shop the advice was to download it again."""
+    monkeypatch.chdir(tmp_path)
+    MADE[name]()
+    whole = content()
+    for path in whole:
+        left = files.damages(path.read_bytes())[damage]
+        path.unlink()
+        if left is not None:
+            path.write_bytes(left)
+        MADE[name]()
+        if path.name != "traj_data.json":  # nothing here reads it
+            assert content()[path] == whole[path]
 
 
 # --- saves ----------------------------------------------------------------------------------------

@@ -133,9 +133,9 @@ def parse_game(data: dict, path: str) -> Game:
     without_task = grammar[:start] + grammar[end:]
     if kind is None or cleaners is None or digest(without_task) not in KNOWN_GRAMMARS:
         raise UserError(
-            f"{path}: a domain, grammar or goal that is not ALFWorld's own; download it again. The "
-            "stock package plays it with --engine textworld-trusted, but that runs the code in its "
-            "grammar"
+            f"{path}: a domain, grammar or goal that is not ALFWorld's own; delete it or download "
+            "it again. The stock package plays it with --engine textworld-trusted, but that runs "
+            "the code in its grammar"
         )
 
     facts = read_facts(head, init, path)

@@ -61,6 +61,7 @@ PER_PAGE = 10
 CACHE = Path("runs/webshop-cache")
 FORMAT = 4  # raise it when what is cached changes
 ASIN = re.compile(r"[0-9A-Z]{1,10}")  # the id of a product
+AGAIN = "delete it or download it again"  # an embedded one is then made again
 STALE = 3600  # seconds after which the unfinished cache of another process counts as abandoned
 
 # --- Search: Lucene's EnglishAnalyzer and BM25 ----------------------------------------------------
@@ -202,7 +203,7 @@ def stream_json(path, block=1 << 20):
         try:
             text = file.read(block)
             if text[:1] != "[":
-                raise UserError(f"{path}: not a JSON array; download it again")
+                raise UserError(f"{path}: not a JSON array; {AGAIN}")
             at = 1
             while True:
                 at = space.match(text, at).end()
@@ -219,16 +220,16 @@ def stream_json(path, block=1 << 20):
                     text = text[at:] + more
                     at = 0
                 else:
-                    raise UserError(f"{path}: no JSON, or it ends in the middle; download it again")
+                    raise UserError(f"{path}: no JSON, or it ends in the middle; {AGAIN}")
         except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 text; download it again") from None
+            raise UserError(f"{path}: not UTF-8 text; {AGAIN}") from None
 
 
 def read_object(path) -> dict:
     """A JSON object. UserError for anything else."""
     data = read_json(path)
     if not isinstance(data, dict):
-        raise UserError(f"{path}: not a JSON object; download it again")
+        raise UserError(f"{path}: not a JSON object; {AGAIN}")
     return data
 
 
@@ -347,7 +348,7 @@ def write_cache(folder, part):
             except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UserError(
                     f"{source}: product {number} is not in the original's format, here or in what "
-                    f"the other files say of it ({error!r:.200}); download the files again"
+                    f"the other files say of it ({error!r:.200}); delete or download them again"
                 ) from None
             line = json.dumps(product).encode() + b"\n"
             file.write(line)
