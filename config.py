@@ -8,10 +8,12 @@ is what every other file may need and that belongs to none: `UserError`, and rea
 small files. Nothing of this project is imported here.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from operator import ge, gt, le, lt
 from pathlib import Path
@@ -271,12 +273,30 @@ class UserError(ValueError):
     """A mistake the user can fix: scripts print its one line, with the remedy, and exit with 2."""
 
 
+FREE = "free some disk, then the same command goes on"
+MOVE = "a file is where a folder should be: move it away"
+REMEDIES = {  # errors of the system: what to do
+    errno.ENOSPC: FREE,
+    errno.EDQUOT: FREE,
+    errno.ENOTDIR: MOVE,
+    errno.EEXIST: MOVE,
+    errno.EISDIR: "a folder is where a file should be: move it away",
+}
+
+
+def remedy_of(error) -> str:
+    """What follows the words of an error of the system, or nothing."""
+    known = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' have no errno
+    code = int(known[1]) if known else getattr(error, "errno", None)
+    return f"; {REMEDIES[code]}" if code in REMEDIES else ""
+
+
 def read_text(path, errors="strict") -> str:
     """A text file. UserError where it cannot be opened."""
     try:
         return Path(path).read_text(encoding="utf-8", errors=errors)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from None
+        raise UserError(f"{path}: {error.strerror.lower()}{remedy_of(error)}") from None
 
 
 def read_json(path, needed=()):

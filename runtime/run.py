@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 import envs
-from config import PHASES, Config, UserError, has, read_jsonl, write_atomically
+from config import PHASES, Config, UserError, has, read_jsonl, remedy_of, write_atomically
 from runtime import guard, memory, parallel, saves
 from runtime.flags import known_flags, other_value
 from runtime.policy import Policy, digest_weights, load_policy, load_reference, make_optimizer
@@ -71,9 +71,7 @@ def in_one_line(error) -> str:
         remedy = "lower --micro_tokens (update) or --generation_rows (rollout); --dry_run explains"
         return f"out of memory ({lines[0]}); {remedy}"
     text = " ".join(lines)
-    if isinstance(error, (NotADirectoryError, FileExistsError)):
-        text += "; a file is where a folder should be"
-    return text if isinstance(error, UserError) else text + saves.remedy(error)
+    return text if isinstance(error, UserError) else text + remedy_of(error)
 
 
 def set_up(config: Config) -> torch.device:
@@ -297,7 +295,7 @@ class Run:
                 shutil.rmtree(part, ignore_errors=True)
                 reason = str(error).strip().split("\n")[0]
                 what = f"{self.folder} could not be saved ({reason}); the last save stays"
-                raise UserError(what + saves.remedy(error)) from None
+                raise UserError(what + remedy_of(error)) from None
         self.boundary = None
         self.saving = False
         self.saved_at = time.time()

@@ -12,10 +12,8 @@ A save's manifest.json has the phase, and the size and the SHA-256 of every othe
 checks them, so a torn file or a flipped bit is named and the save before it is used.
 """
 
-import errno
 import json
 import os
-import re
 import shutil
 import socket
 from pathlib import Path
@@ -73,14 +71,6 @@ def write_tensors(value, path):
             torch.save(value, file)
         except RuntimeError as error:
             raise error.__context__ or error from None
-
-
-def remedy(error) -> str:
-    """What follows the words of an error: what to do where the disk is full, else nothing."""
-    known = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' have no errno
-    code = int(known[1]) if known else getattr(error, "errno", None)
-    full = code in (errno.ENOSPC, errno.EDQUOT)
-    return "; free some disk, then the same command goes on" if full else ""
 
 
 def flush(path):
