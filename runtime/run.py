@@ -8,7 +8,9 @@
 | distill/         | with its flags, and skills.jsonl, every skill with its life                 |
 | lock             | which process has the run: a second one is refused                          |
 
-The later phases take the flags of the run's first phase as their defaults (runtime/flags.py).
+The later phases take the flags of the run's first phase as their defaults (runtime/flags.py). A
+save knows its phase, its tasks with all that is in them, and the initial weights: where one of them
+is another now, the run does not go on.
 """
 
 import io

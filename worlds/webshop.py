@@ -773,7 +773,7 @@ def files(items) -> list[Path]:
 
 def item_name(item) -> str:
     """The goal, whatever the data folder."""
-    return "/".join(Path(item).parts[-2:])
+    return "/".join(item.rsplit("/", 2)[1:])
 
 
 def identity(item, split: str) -> str:
