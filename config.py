@@ -8,9 +8,12 @@ is what every other file may need and that belongs to none: `UserError`, and rea
 small files. Nothing of this project is imported here.
 """
 
+import errno
+import hashlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from operator import ge, gt, le, lt
 from pathlib import Path
@@ -72,8 +75,8 @@ class Config:
         fixed=True,
         choices=("fast", "textworld", "textworld-trusted"),
     )
-    data: str = flag(
-        "", "folder, else $ALFWORLD_DATA (~/.cache/alfworld), $WEBSHOP_DATA", fixed=True
+    data: str = flag(  # free to move: a run knows what is in it
+        "", "folder, else $ALFWORLD_DATA (~/.cache/alfworld), $WEBSHOP_DATA", free=True
     )
     split: str = flag("train", "of the tasks; WebShop's also train:human, train:verl", fixed=True)
     max_steps: int = flag(50, "an episode ends, unsolved, after this many steps", at_least=1)
@@ -270,12 +273,30 @@ class UserError(ValueError):
     """A mistake the user can fix: scripts print its one line, with the remedy, and exit with 2."""
 
 
+FREE = "free some disk, then the same command goes on"
+MOVE = "a file is where a folder should be: move it away"
+REMEDIES = {  # errors of the system: what to do
+    errno.ENOSPC: FREE,
+    errno.EDQUOT: FREE,
+    errno.ENOTDIR: MOVE,
+    errno.EEXIST: MOVE,
+    errno.EISDIR: "a folder is where a file should be: move it away",
+}
+
+
+def remedy_of(error) -> str:
+    """What follows the words of an error of the system, or nothing."""
+    known = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' have no errno
+    code = int(known[1]) if known else getattr(error, "errno", None)
+    return f"; {REMEDIES[code]}" if code in REMEDIES else ""
+
+
 def read_text(path, errors="strict") -> str:
     """A text file. UserError where it cannot be opened."""
     try:
         return Path(path).read_text(encoding="utf-8", errors=errors)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from None
+        raise UserError(f"{path}: {error.strerror.lower()}{remedy_of(error)}") from None
 
 
 def read_json(path, needed=()):
@@ -312,6 +333,19 @@ def read_jsonl(path, needed=()) -> list[dict]:
                 raise UserError(f"{path}, line {number}: {what}; fix or delete that line")
             records.append(record)
     return records
+
+
+def sha256(path) -> str:
+    """Of a file's content: a second a gigabyte."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_whole(path) -> bool:
+    """Whether a JSON file that this project wrote is there up to its last bracket: a machine that
+    loses its power may leave an empty file, or zeros at the end.
+    """
+    return path.is_file() and path.read_bytes()[-1:] in (b"]", b"}")
 
 
 def write_atomically(path, text):

@@ -7,13 +7,14 @@
 Each world is a file of `worlds/` with the same few names, and a line of the table below. No torch.
 """
 
+import hashlib
 import importlib
 import json
 import os
 import re
 from pathlib import Path
 
-from config import UserError
+from config import UserError, sha256
 from worlds import Observation
 
 WORLDS = {  # --env: the file that plays it
@@ -51,8 +52,9 @@ def data_root(name: str, data=None) -> Path:
     return Path(os.path.expanduser(root))  # Path.expanduser raises for an unknown ~user
 
 
-def list_items(name: str, split: str, data=None) -> list[str]:
-    """Every item of a split, in a fixed order: what `make_env` opens.
+def list_items(name: str, split: str, data=None, engine: str = "fast") -> list[str]:
+    """Every item of a split, in a fixed order: what `make_env` opens. UserError where there are
+    none, or `engine` is not installed.
 
     split   of the world: "train", "valid_seen", ...; of WebShop also "train:human", "train:verl"
     data    the folder of the original's files; an embedded one is made where it is missing
@@ -60,7 +62,14 @@ def list_items(name: str, split: str, data=None) -> list[str]:
     root = data_root(name, data)
     if str(root) in EMBEDDED:
         importlib.import_module(EMBEDDED[str(root)]).make(root)
-    return world(name).list_items(root, split)
+    return world(name).list_items(root, split, engine)
+
+
+def digest(name: str, items) -> str:
+    """SHA-256 of the items' names and of all files behind them, wherever the data folder lies."""
+    parts = [world(name).item_name(item) for item in items]
+    parts += map(sha256, world(name).files(items))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 # --- Prompts --------------------------------------------------------------------------------------

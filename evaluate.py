@@ -6,7 +6,8 @@
     python evaluate.py --preset alfworld-7b --checkpoint init --eval_split valid_unseen
 
 Prints success by task type with Wilson 95% intervals; writes runs/<run>/eval-....json, with a
-digest of the items' names: equal digests, equal panels. Interrupted, the same command goes on.
+digest of the items and what is in them: equal digests, equal panels. Interrupted, the same command
+goes on.
 """
 
 import hashlib
@@ -138,9 +139,15 @@ def table(results) -> str:
 
 
 def find_checkpoint(config, name) -> str | Path:
-    """A phase of the run, "init" or a model -> the path of its model."""
+    """A phase of the run, "init" or a model -> the path of its model. UserError for a save that is
+    damaged or of another phase.
+    """
     if name not in PHASES:
-        return config.model if name == "init" else name
+        path = config.model if name == "init" else name
+        save = Path(path).parent
+        if (save / saves.MANIFEST).exists() and (reason := saves.problem(save)):
+            raise UserError(f"--checkpoint {path}: {reason}; choose another one")
+        return path
     folder = saves.find(Path("runs") / config.run, name)
     if folder is None:
         remedy = f"run `python {name}.py --run {config.run}`, or use --checkpoint init"
@@ -165,22 +172,16 @@ def choose_items(config, split, count) -> list[str]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def digest(items, config) -> str:
-    """Twelve hex digits of the items' names, blind to their order and to the data folder."""
-    names = sorted(envs.world(config.env).item_name(item) for item in items)
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
-
-
-def identity_of(config, choice, items, path, bank) -> str:
+def identity_of(config, choice, panel, path, bank) -> str:
     """Twelve hex digits of this very evaluation: same model, items, settings and skills."""
-    manifest = Path(path).parent / saves.MANIFEST  # of a save, whose files were hashed just now
+    manifest = Path(path).parent / saves.MANIFEST  # of a save, whose files were checked just now
     if manifest.exists():
         model = manifest.read_text(encoding="utf-8")
     else:
         model = saves.files_of(Path(path)) if Path(path).is_dir() else str(path)
     flags = {name: value for name, value in asdict(config).items() if name not in ("run", "device")}
     skills = bank.dump() if bank else None
-    parts = [model, items, skills, flags, choice.eval_temperature, choice.eval_seed]
+    parts = [model, panel, skills, flags, choice.eval_temperature, choice.eval_seed]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -211,13 +212,13 @@ def main():
     name = f"eval-{split.replace(':', '-')}-{label}-T{temperature:g}-s{seed}"
     name += f"-n{len(items)}" if choice.eval_items else ""
     out = Path(choice.out or Path("runs") / config.run / f"{name}.json")
-    panel = digest(items, config)
+    panel = parallel.by_one(lambda: envs.digest(config.env, items))[:12]
     record = {"checkpoint": str(Path(path)), "skills": bool(bank), "seed": seed, "split": split}
     record |= {"digest": panel, "temperature": temperature}
     record |= {name: getattr(config, name) for name in SETTINGS}
     check_out(out, record)
     policy = Policy(*load_policy(path, config, device, trainable=False))
-    done = out.with_name(f"{out.stem}-{identity_of(config, choice, items, path, bank)}.waves")
+    done = out.with_name(f"{out.stem}-{identity_of(config, choice, panel, path, bank)}.waves")
     outcomes = evaluate(policy, config, items, temperature, seed, bank, done)
 
     results = summarize(outcomes)
@@ -227,7 +228,7 @@ def main():
     )
     folder = Path(path).parent
     is_save = (folder / saves.MANIFEST).exists()
-    iteration = load_state(folder)["iteration"] if is_save else None
+    iteration = load_state(folder, ["iteration"])["iteration"] if is_save else None
     record |= {"iteration": iteration, "results": results}
     record["items"] = {outcome["item"]: outcome["success"] for outcome in outcomes}
     if parallel.rank() == 0:

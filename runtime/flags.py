@@ -43,11 +43,11 @@ def parse_config(phase: str, doc: str, extra=None):
     fork = given.get("fork", "")
     check_name("run", run)
     check_name("fork", fork or run)
-    if fork and (phase == "warmup" or run == fork):
+    before = {"mine": "warmup", "distill": "mine"}.get(phase)
+    if fork and (not before or run == fork):
         raise UserError(f"--fork {fork}: for mine.py and distill.py, with another --run")
-    before = Path("runs") / run / {"mine": "warmup", "distill": "mine"}.get(phase, "")
-    if fork and before.name != run and before.exists():
-        raise UserError(f"--fork {fork}: {run} has its own {before.name}; use another --run")
+    if fork and saves.folders(Path("runs") / run, before):
+        raise UserError(f"--fork {fork}: {run} has its own {before}; use another --run")
     saved = saved_flags(Path("runs") / run) if phase != "warmup" else {}
     if fork and not saved:
         saved = saved_flags(Path("runs") / fork)
@@ -132,9 +132,9 @@ def saved_flags(root) -> dict:
     written. {} for a run without a save. UserError where all are damaged, or of another version.
     """
     problems = []
-    for folder in (root / f"{phase}{end}" for phase in PHASES for end in ("", ".old")):
-        if folder.exists():
-            problem = saves.problem(folder, "config.json")
+    for phase in PHASES:
+        for folder in saves.folders(root, phase):
+            problem = saves.problem(folder, phase, "config.json")
             if not problem:
                 if problems:
                     print(f"{'; '.join(problems)}; the flags are those of {folder}")

@@ -1,5 +1,6 @@
 """Loading a policy, its frozen reference and its optimizer."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,7 +11,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import optimi
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    set_seed,
+)
 from transformers import logging as transformers_logging
 
 from config import Config, UserError
@@ -66,28 +73,23 @@ def load_policy(path, config: Config, device, trainable=True) -> tuple:
     if not known and (str(path).count("/") != 1 or str(path).startswith((".", "/", "runs/"))):
         raise UserError(f"{path}: no such model folder; give --model a folder or a hub name")
     dtype = getattr(torch, config.dtype)
-    try:
-        # tokenizer.json as it is: AutoTokenizer would put Qwen2's own pre-tokenizer in its place
-        words = local_path("tiny") if path in SHAPES else path
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(words)
-        tokenizer.clean_up_tokenization_spaces = False  # it would change actions
-        check_tokenizer(path, tokenizer)
-        if path in SHAPES:
-            shape = Qwen2Config(**SHAPES[path], eos_token_id=tokenizer.eos_token_id)
-            with torch.device(device):
-                model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
-        else:
-            check_shape(path, AutoConfig.from_pretrained(path, trust_remote_code=False), config)
-            load = AutoModelForCausalLM.from_pretrained
-            model, info = load(path, dtype=dtype, output_loading_info=True, trust_remote_code=False)
-            check_whole(path, model, tokenizer, info)
-            model = model.to(device)
-    except Exception as error:  # whatever is in the folder
-        if isinstance(error, UserError) or guard.is_out_of_memory(error):
-            raise
-        lines = str(error).strip().split("\n")
-        remedy = "give a local folder or a hub name"
-        raise UserError(f"--model {path}: cannot be loaded ({lines[0]}); {remedy}") from None
+    # tokenizer.json as it is: AutoTokenizer would put Qwen2's own pre-tokenizer in its place
+    words = local_path("tiny") if path in SHAPES else path
+    tokenizer = read(path, PreTrainedTokenizerFast.from_pretrained, words)
+    tokenizer.clean_up_tokenization_spaces = False  # it would change actions
+    check_tokenizer(path, tokenizer)
+    if path in SHAPES:
+        set_seed(config.seed)  # the same weights each time, as from a file
+        shape = Qwen2Config(**SHAPES[path], eos_token_id=tokenizer.eos_token_id)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    else:
+        options = {"trust_remote_code": False}  # no code of a folder runs
+        check_shape(path, read(path, AutoConfig.from_pretrained, path, **options), config)
+        options |= {"dtype": dtype, "output_loading_info": True}
+        model, info = read(path, AutoModelForCausalLM.from_pretrained, path, **options)
+        check_whole(path, model, tokenizer, info)
+        model = model.to(device)
     for module in model.modules():  # ratios start at exactly 1: no dropout, in training either
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
@@ -97,6 +99,20 @@ def load_policy(path, config: Config, device, trainable=True) -> tuple:
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     parallel.shard(model)
     return model.eval(), tokenizer
+
+
+def read(path, reader, *args, **options):
+    """What a reader of transformers makes of a model's files. UserError where it fails: in which
+    way depends on what is in them.
+    """
+    try:
+        return reader(*args, **options)
+    except Exception as error:
+        if guard.is_out_of_memory(error):
+            raise
+        reason = str(error).strip().split("\n")[0]
+        remedy = "give a local folder or a hub name"
+        raise UserError(f"--model {path}: cannot be loaded ({reason}); {remedy}") from None
 
 
 def check_shape(path, shape, config):
@@ -128,7 +144,7 @@ def check_tokenizer(path, tokenizer):
     )
     if again.strip() != text:
         raise UserError(f"--model {path}: its tokenizer reads {text!r} as {again!r}")
-    render(tokenizer, ["hello"], answer="hello")  # a template may refuse what we write
+    read(path, render, tokenizer, ["hello"], answer="hello")  # a template may refuse it
 
 
 def check_whole(path, model, tokenizer, info):
@@ -153,6 +169,16 @@ def load_reference(config: Config, device):
         return None
     device = "cpu" if config.offload else device
     return load_policy(config.model, config, device, trainable=False)[0]
+
+
+def digest_weights(model) -> str:
+    """SHA-256 of the weights in memory, wherever they lie: about a second a gigabyte."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        whole = parallel.full_tensors(parameter.detach())  # one at a time; rank 0 has it
+        if parallel.rank() == 0:
+            found.update(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return parallel.by_one(found.hexdigest)
 
 
 class OffloadedAdamW(optimi.AdamW):

@@ -8,7 +8,9 @@
 | distill/         | with its flags, and skills.jsonl, every skill with its life                 |
 | lock             | which process has the run: a second one is refused                          |
 
-The later phases take the flags of the run's first phase as their defaults (runtime/flags.py).
+The later phases take the flags of the run's first phase as their defaults (runtime/flags.py). A
+save knows its phase, its tasks with all that is in them, and the initial weights: where one of them
+is another now, the run does not go on.
 """
 
 import io
@@ -22,6 +24,7 @@ import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from pickle import UnpicklingError
 
 try:
     import resource
@@ -34,11 +37,11 @@ from tqdm import tqdm
 from transformers import set_seed
 
 import envs
-from config import PHASES, Config, UserError, read_jsonl, write_atomically
+from config import PHASES, Config, UserError, has, read_jsonl, remedy_of, write_atomically
 from runtime import guard, memory, parallel, saves
 from runtime.flags import known_flags, other_value
 from runtime.metrics import warnings
-from runtime.policy import Policy, load_policy, load_reference, make_optimizer
+from runtime.policy import Policy, digest_weights, load_policy, load_reference, make_optimizer
 from skills import group_deltas
 
 
@@ -71,9 +74,7 @@ def in_one_line(error) -> str:
         remedy = "lower --micro_tokens (update) or --generation_rows (rollout); --dry_run explains"
         return f"out of memory ({lines[0]}); {remedy}"
     text = " ".join(lines)
-    if isinstance(error, (NotADirectoryError, FileExistsError)):
-        text += "; a file is where a folder should be"
-    return text if isinstance(error, UserError) else text + saves.remedy(error)
+    return text if isinstance(error, UserError) else text + remedy_of(error)
 
 
 def set_up(config: Config) -> torch.device:
@@ -91,8 +92,6 @@ def set_up(config: Config) -> torch.device:
     ranks = parallel.world_size()
     if ranks > config.tasks:
         raise UserError(f"{ranks} processes share --tasks {config.tasks}: start fewer, or raise it")
-    if config.env == "alfworld" and config.engine != "fast":
-        envs.world("alfworld").load_stock()  # here, since a game that does not open is left out
     if config.offload and ranks > 1:
         raise UserError("--offload is for one GPU; several shard the state")
     set_seed(config.seed)
@@ -101,12 +100,22 @@ def set_up(config: Config) -> torch.device:
 
 def list_items(config: Config, split: str) -> list[str]:
     """Every item of a split; embedded data may have to be made."""
-    return parallel.by_one(lambda: envs.list_items(config.env, split, config.data))
+    return parallel.by_one(lambda: envs.list_items(config.env, split, config.data, config.engine))
 
 
-def load_state(folder) -> dict:
-    """state.pt of a phase: no code runs; the optimizer's part stays in the file until used."""
-    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+def load_state(folder, needed=()) -> dict:
+    """state.pt of a save: no code runs; the optimizer's part stays in the file until used.
+    UserError where it is none, or has not the names that are `needed`.
+    """
+    path = folder / "state.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, KeyError, RuntimeError, UnpicklingError):
+        state = None
+    if not has(state, needed):
+        remedy = f"delete {folder}, and the save before it is used, if there is one"
+        raise UserError(f"{path}: damaged or of another version; {remedy}")
+    return state
 
 
 class Run:
@@ -138,7 +147,11 @@ class Run:
             self.check_flags()
         elif after:
             self.source = self.find_before(after)
-        self.state = load_state(self.source) if self.source else first
+        needed = ["iteration", "finished", "data", "model", *first]
+        self.state = load_state(self.source, needed) if self.source else first
+        self.digests = {}  # of what the run is made of, alike in all phases
+        data = parallel.by_one(lambda: envs.digest(config.env, self.items))
+        self.keep("data", data, f"the tasks in {envs.data_root(config.env, config.data)}")
         if self.resumed:  # a raised flag may give a finished phase more to do
             enough = phase == "warmup" and len(self.state["successes"]) >= config.n_req
             self.state["finished"] &= enough or self.state["iteration"] >= self.last
@@ -150,6 +163,9 @@ class Run:
         path = self.source / "model" if self.source else config.model
         model, tokenizer = load_policy(path, config, self.device)
         reference = load_reference(config, self.device)  # pi_ref, the same in all phases
+        initial = reference or (None if self.source else model)  # None: it was not loaded
+        weights = digest_weights(initial) if initial else None
+        self.keep("model", weights, f"the weights of --model {config.model}")
         saved = self.state.pop("optimizer", None)
         optimizer = make_optimizer(model, config.lr, offload=config.offload, saved=saved)
         self.policy = Policy(model, tokenizer, reference, optimizer)
@@ -169,10 +185,10 @@ class Run:
         """The last save of phase `after`, of this run or of --fork. UserError if unfinished."""
         root = self.root
         fork = self.config.fork
-        if fork and not list(root.glob(f"{after}*")):
+        if fork and not saves.folders(root, after):
             root = Path("runs") / fork
             theirs, ours = root / "metrics.jsonl", self.root / "metrics.jsonl"
-            if theirs.exists() and not ours.exists() and parallel.rank() == 0:
+            if theirs.exists() and parallel.rank() == 0:
                 earlier = PHASES[: PHASES.index(self.phase)]
                 lines = [
                     json.dumps(x) for x in read_jsonl(theirs, ["phase"]) if x["phase"] in earlier
@@ -182,9 +198,19 @@ class Run:
         command = f"`python {after}.py --run {root.name}`"
         if folder is None:
             raise UserError(f"{root / after}/model is missing: run {command} first")
-        if not load_state(folder)["finished"]:
+        if not load_state(folder, ["finished"])["finished"]:
             raise UserError(f"{folder} is not finished: {command} goes on with it")
         return folder
+
+    def keep(self, name, digest, what):
+        """Keep a digest in the saves; None is the one of the save that it starts from. UserError
+        where that has another.
+        """
+        known = self.state.pop(name, digest)
+        if digest not in (None, known):
+            remedy = "bring those back, or begin a new --run"
+            raise UserError(f"{what} are not those that {self.source} was made with: {remedy}")
+        self.digests[name] = known
 
     def check_flags(self):
         """UserError where this phase was begun with another value of a flag that is not free."""
@@ -263,7 +289,7 @@ class Run:
             try:
                 self.policy.model.save_pretrained(part / "model", state_dict=weights)
                 self.policy.tokenizer.save_pretrained(part / "model")
-                state = {"optimizer": moments, **self.boundary["state"]}
+                state = {"optimizer": moments, **self.digests, **self.boundary["state"]}
                 saves.write_tensors(state, part / "state.pt")
                 write_atomically(part / "config.json", json.dumps(asdict(self.config), indent=2))
                 if self.boundary["skills"] is not None:
@@ -273,7 +299,7 @@ class Run:
                 shutil.rmtree(part, ignore_errors=True)
                 reason = str(error).strip().split("\n")[0]
                 what = f"{self.folder} could not be saved ({reason}); the last save stays"
-                raise UserError(what + saves.remedy(error)) from None
+                raise UserError(what + remedy_of(error)) from None
         self.boundary = None
         self.saving = False
         self.saved_at = time.time()

@@ -8,15 +8,12 @@
 | <phase>.damaged/  | one that failed its check, kept for a look                                 |
 | lock              | which process has the run                                                  |
 
-A save's manifest.json has the size and the SHA-256 of every other file in it; `find` checks them,
-so a torn file or a flipped bit is named and the save before it is used.
+A save's manifest.json has the phase, and the size and the SHA-256 of every other file; `find`
+checks them, so a torn file or a flipped bit is named and the save before it is used.
 """
 
-import errno
-import hashlib
 import json
 import os
-import re
 import shutil
 import socket
 from pathlib import Path
@@ -28,7 +25,7 @@ except ImportError:  # Windows: a run is not locked there
 
 import torch
 
-from config import UserError
+from config import PHASES, UserError, sha256
 
 MANIFEST = "manifest.json"
 
@@ -49,15 +46,22 @@ def own(root: Path):
     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
-def sha256(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def names_in(folder: Path) -> list[str]:
+    """Relative paths of every file of a save, but its manifest and what a system hides there."""
+    names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
+    return [name for name in names if name != MANIFEST and "/." not in f"/{name}"]
 
 
 def files_of(folder: Path) -> dict[str, list]:
-    """Relative path -> [size, SHA-256] of every file of a save but its manifest."""
-    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
-    return {str(p.relative_to(folder)): [p.stat().st_size, sha256(p)] for p in paths}
+    """Relative path -> [size, SHA-256] of every file of a save."""
+    paths = {name: folder / name for name in names_in(folder)}
+    return {name: [path.stat().st_size, sha256(path)] for name, path in paths.items()}
+
+
+def seal(part: Path, phase: str):
+    """Write the manifest of what is now in a folder."""
+    content = {"phase": phase, "files": files_of(part)}
+    (part / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def write_tensors(value, path):
@@ -67,14 +71,6 @@ def write_tensors(value, path):
             torch.save(value, file)
         except RuntimeError as error:
             raise error.__context__ or error from None
-
-
-def remedy(error) -> str:
-    """What follows the words of an error: what to do where the disk is full, else nothing."""
-    known = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' have no errno
-    code = int(known[1]) if known else getattr(error, "errno", None)
-    full = code in (errno.ENOSPC, errno.EDQUOT)
-    return "; free some disk, then the same command goes on" if full else ""
 
 
 def flush(path):
@@ -94,7 +90,7 @@ def put(part: Path, folder: Path):
     """Make the written `part` the save `folder`; what was there becomes `folder`.old. Stopped
     anywhere, a whole save stays: `folder`, or `folder`.old between the two renames.
     """
-    (part / MANIFEST).write_text(json.dumps(files_of(part), indent=1), encoding="utf-8")
+    seal(part, folder.name)
     for path in [*part.rglob("*"), part]:
         flush(path)
     old = folder.with_name(folder.name + ".old")
@@ -105,26 +101,39 @@ def put(part: Path, folder: Path):
     flush(folder.parent)
 
 
-def problem(folder: Path, only="") -> str:
-    """What is wrong with a save, or with its file `only`; "" where all is as it was written."""
+def problem(folder: Path, phase="", only="") -> str:
+    """What is wrong with a save, or with its file `only`; "" where all is as it was written.
+    UserError where it is the save of another phase than `phase`.
+    """
     manifest = folder / MANIFEST
     try:
-        recorded = json.loads(manifest.read_text(encoding="utf-8"))
-        for name, (size, digest) in recorded.items():
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        made_by, recorded = content["phase"], content["files"]
+        if made_by in PHASES and phase not in ("", made_by):  # else a bit of its name was flipped
+            raise UserError(f"{folder} is a save of {made_by}: give the folders back their names")
+        for name in [only] if only else sorted({*recorded, *names_in(folder)}):
             path = folder / name
-            if only not in ("", name):
-                continue
+            if name not in recorded:
+                return f"{manifest} does not know {name}"
+            size, digest = recorded[name]
             if not path.is_file():
                 return f"{path} is missing"
             if path.stat().st_size != size:
                 return f"{path} has {path.stat().st_size:,} bytes, {size:,} were written"
             if sha256(path) != digest:
-                return f"{path} is not what was written (SHA-256 differs)"
-        return "" if only in ("", *recorded) else f"{manifest} does not know {only}"
+                return f"{path} is not what was written: {MANIFEST} has another SHA-256"
+        return ""
+    except UserError:
+        raise
     except FileNotFoundError:
         return f"{manifest} is missing"
-    except (OSError, ValueError, TypeError, AttributeError):
-        return f"{manifest} is damaged"
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return f"{manifest} is damaged or of another version"
+
+
+def folders(root: Path, phase: str) -> list[Path]:
+    """The saves of a phase that are there, good or not, the last one first."""
+    return [f for f in (root / phase, root / f"{phase}.old") if f.exists()]
 
 
 def find(root: Path, phase: str, set_aside=False) -> Path | None:
@@ -134,10 +143,8 @@ def find(root: Path, phase: str, set_aside=False) -> Path | None:
     """
     newest, before = root / phase, root / f"{phase}.old"
     problems = []
-    for folder in (newest, before):
-        if not folder.exists():
-            continue
-        if reason := problem(folder):
+    for folder in folders(root, phase):
+        if reason := problem(folder, phase):
             problems.append(reason)
             continue
         if folder == before:

@@ -341,9 +341,11 @@ def test_without_the_stock_engine_one_line_says_how_to_install_it(config, monkey
     monkeypatch.setitem(sys.modules, "textworld", None)
     path = envs.list_items("alfworld", "train", config.data)[0]
     config.engine = engine
-    for call in (lambda: envs.make_env("alfworld", path, engine), lambda: run.set_up(config)):
-        with pytest.raises(UserError, match="run `make stock`, with a C.. compiler$"):
-            call()
+    message = "run `make stock`, with a C.. compiler$"
+    with pytest.raises(UserError, match=message):
+        envs.make_env("alfworld", path, engine)
+    with pytest.raises(UserError, match=message):
+        run.list_items(config, "train")
 
 
 def test_without_alfworld_one_line_says_how_to_install_it(monkeypatch):

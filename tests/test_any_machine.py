@@ -273,12 +273,24 @@ def test_a_mistake_of_the_code_keeps_its_traceback():
 
 
 @pytest.mark.parametrize("name", ["runs", "runs/tiny-household"])
-def test_a_file_where_a_folder_should_be_is_named(config, tmp_path, monkeypatch, capsys, name):
+def test_a_file_where_a_folder_should_be_is_to_be_moved(
+    config, tmp_path, monkeypatch, capsys, name
+):
     monkeypatch.chdir(tmp_path)
     Path(name).parent.mkdir(exist_ok=True)
     Path(name).touch()
     code, line = ended(lambda: Run(config, "mine"), capsys)
-    assert code == 2 and line.endswith("'runs/tiny-household'; a file is where a folder should be")
+    words = "'runs/tiny-household'; a file is where a folder should be: move it away"
+    assert code == 2 and line.endswith(words)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval-valid_seen-init-T0.4-s0-n2.json", "lock"])
+def test_a_folder_where_a_file_should_be_is_to_be_moved(evaluated, config, capsys, name):
+    Path("runs/t", name).mkdir()
+    config.run = "t"
+    code, line = ended(evaluated if "eval" in name else lambda: Run(config, "mine"), capsys)
+    assert code == 2 and name in line
+    assert line.endswith("; a folder is where a file should be: move it away")
 
 
 @pytest.mark.slow

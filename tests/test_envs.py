@@ -1,13 +1,15 @@
 """Prompts, the action in a response, the table of worlds. Each test names the bug it guards."""
 
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
 import envs
 from config import UserError
 from envs import build_mining_prompt, build_prompt, build_prompts, parse_action
-from worlds import Observation, alfworld
+from worlds import Observation, alfworld, shop
 
 LAST_30 = "go to the desk and look at it!"
 
@@ -50,6 +52,49 @@ def test_every_world_says_what_prompts_parsing_and_evaluation_need(world):
 def test_an_unknown_world_is_a_clear_error():
     with pytest.raises(UserError, match="--env chess: not a world of this project; choose"):
         envs.make_env("chess", "a game")
+
+
+def test_the_digest_of_games_knows_their_names_and_contents_and_not_their_folder(games, tmp_path):
+    there = Path(shutil.copytree(games, tmp_path / "there"))
+
+    def of(root, chosen=lambda items: items):
+        return envs.digest("alfworld", chosen(envs.list_items("alfworld", "train", root)))
+
+    known = of(games)
+    assert of(there) == known and len(known) == 64
+    assert of(there, lambda items: items[1:]) != known != of(there, lambda items: items[::-1])
+    first, second = (Path(p) for p in envs.list_items("alfworld", "train", there)[:2])
+    a, b = first.read_bytes(), second.read_bytes()
+    for changed in ((b, a), (a[:-1] + b" ", b), (a, b + b" ")):
+        first.write_bytes(changed[0])
+        second.write_bytes(changed[1])
+        assert of(there) != known
+    first.write_bytes(a)
+    second.write_bytes(b)
+    assert of(there) == known
+    first.unlink()
+    assert of(there) != known
+
+
+def test_the_digest_of_goals_knows_the_whole_catalogue(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shop.make_catalogue(tmp_path / "shop", products=20, seed=0)
+
+    def of(folder, rule=""):
+        return envs.digest("webshop", envs.list_items("webshop", f"train{rule}", folder))
+
+    known = of("shop")
+    there = Path(shutil.copytree("shop", "there"))
+    (there / "items_shuffle.json").rename(there / "items_shuffle_1000.json")
+    assert of("there") == known and of("shop", ":verl") != known
+    for name in ("items_shuffle_1000.json", "items_ins_v2.json"):  # a page is more than its goals
+        whole = (there / name).read_text()
+        (there / name).write_text(whole + " ")
+        assert of("there") != known
+        (there / name).write_text(whole)
+    assert of("there") == known
+    (there / "items_human_ins.json").write_text("{}")
+    assert of("there") != known
 
 
 OBS = Observation("You see a desk 1.", "put a mug in desk", "pick", ("go to desk 1", "look"))

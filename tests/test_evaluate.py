@@ -220,19 +220,19 @@ def test_items_that_were_trained_on_are_refused(config, monkeypatch, capsys):
     assert said.startswith("elsewhere and valid_seen were not checked for common items: ")
 
 
-def test_the_digest_is_of_the_set_of_names(config):
-    """Not of their order or their folder; goals are named, and not products."""
-    items = envs.list_items("alfworld", "train", config.data)
-    known = evaluate.digest(items, config)
-    assert evaluate.digest(items[::-1], config) == known and len(known) == 12
-    assert evaluate.digest([f"/elsewhere{item}" for item in items], config) == known
-    assert evaluate.digest(items[1:], config) != known
-    names = ["/a/two/t1/game.tw-pddl", "/b/one/t1/game.tw-pddl"]
-    assert evaluate.digest(names, config) == "18e56bffc223"  # of "one/t1\ntwo/t1"
-    config.env = "webshop"
-    goals = ["/data/B01/1", "/data/B01/2", "/data/B02/1"]
-    digests = {evaluate.digest(goals[:k] + goals[k + 1 :], config) for k in range(3)}
-    assert len(digests) == 3
+def test_what_is_in_the_items_is_part_of_the_panel(watched, games):
+    """It went on with the waves of other content, and said that both were the same panel."""
+    shutil.copytree(games, "data")
+    (item,) = evaluate.choose_items(tiny_config("data"), "valid_seen", 1)
+    first = watched.evaluate("--data data --eval_items 4")
+    first.pop("path").unlink()
+    watched.waves, watched.stop_at = [], 1
+    with pytest.raises(KeyboardInterrupt):
+        call(evaluate, "--run t --max_steps 2 --data data --eval_items 4")
+    Path(item).write_text(Path(item).read_text() + " ")
+    second = watched.evaluate("--data data --eval_items 4")
+    assert len(watched.waves) == 2 and second["digest"] != first["digest"]
+    assert len(second["digest"]) == 12 and second["items"].keys() == first["items"].keys()
 
 
 # --- interrupted evaluations ----------------------------------------------------------------------
@@ -292,17 +292,17 @@ def test_it_goes_on_with_its_own_waves_and_with_no_others(watched):
 
 
 def test_an_evaluation_is_told_apart_by_everything_that_it_depends_on(run, config):
-    items, choice = ["a", "b"], Evaluation()
+    choice = Evaluation()
     bank = SkillBank(config, [Skill("c", "s", "pick")])
 
-    def of(config=config, choice=choice, items=items, path="runs/t/mine/model", bank=None):
-        return evaluate.identity_of(config, choice, items, path, bank)
+    def of(config=config, choice=choice, panel="a", path="runs/t/mine/model", bank=None):
+        return evaluate.identity_of(config, choice, panel, path, bank)
 
     base = of()
     assert of() == base and len(base) == 12
     for same in ({"run": "other"}, {"device": "cuda"}):
         assert of(config=dataclasses.replace(config, **same)) == base
-    found = [base, of(items=["b", "a"]), of(items=["a"]), of(bank=bank)]
+    found = [base, of(panel="b"), of(bank=bank)]
     found += [of(path="runs/t/distill/model"), of(path="hub/name"), of(path="other/name")]
     found += [of(config=dataclasses.replace(config, max_steps=9))]
     for flags in ({"eval_temperature": 0.5}, {"eval_seed": 1}):

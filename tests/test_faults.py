@@ -19,6 +19,7 @@ from runtime import guard, saves
 from runtime.policy import load_policy
 from runtime.run import load_state, require_finite
 from tests.faults import files, kills, runs
+from worlds import household, shop
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,62 @@ def test_sigterm_saves_the_last_iteration_and_the_run_goes_on_to_the_same_end(wh
     state = load_state(copy / "runs" / "r" / "warmup")
     assert state["iteration"] >= 1
     assert kills.verdict(copy, "warmup", good["warmup"][0]) == "same"
+
+
+MADE = {  # what the project makes itself
+    "shop": lambda: shop.make(Path("tiny-shop-3")),
+    "household": lambda: household.make(Path("games"), {"train": 3}),
+}
+
+
+def content():
+    paths = [path for path in Path().rglob("*") if path.is_file() and path.suffix != ".part"]
+    return {path: path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_data_whose_making_was_killed_are_made_again(tmp_path, monkeypatch, name):
+    """In the middle of each of its files."""
+    monkeypatch.chdir(tmp_path)
+    MADE[name]()
+    whole = content()
+    for last in range(1, len(whole) + 1):
+        for path in whole:
+            path.unlink()
+        child = os.fork()
+        if not child:
+            write = Path.write_text
+            left = iter(range(last, 0, -1))
+
+            def write_half(path, text, encoding, write=write, left=left):
+                if next(left) > 1:
+                    return write(path, text, encoding=encoding)
+                write(path, text[: len(text) // 2], encoding=encoding)
+                os._exit(137)
+
+            Path.write_text = write_half
+            MADE[name]()
+            os._exit(0)
+        assert runs.wait(child) == 137
+        MADE[name]()
+        assert content() == whole
+
+
+@pytest.mark.parametrize("damage", ["deleted", "emptied", "cut in half", "zeros at the end"])
+@pytest.mark.parametrize("name", MADE)
+def test_data_of_which_a_file_was_torn_are_made_again(tmp_path, monkeypatch, name, damage):
+    """Half a game stayed for good, and of half a shop the advice was to download it again."""
+    monkeypatch.chdir(tmp_path)
+    MADE[name]()
+    whole = content()
+    for path in whole:
+        left = files.damages(path.read_bytes())[damage]
+        path.unlink()
+        if left is not None:
+            path.write_bytes(left)
+        MADE[name]()
+        if path.name != "traj_data.json":  # nothing here reads it
+            assert content()[path] == whole[path]
 
 
 # --- saves ----------------------------------------------------------------------------------------
@@ -94,6 +151,54 @@ def test_a_damaged_save_is_named_and_the_one_before_is_used(two_saves, capsys, n
     (part / "state.pt").write_bytes(b"3")
     saves.put(part, two_saves / "mine")
     assert (two_saves / "mine.old" / "state.pt").read_bytes()[0] == 1
+
+
+@pytest.mark.parametrize(
+    "known, words",
+    [
+        ({}, "is damaged or of another version"),
+        ({"phase": "mine", "files": {}}, "does not know model/weights"),
+        ({"phase": "mine", "files": {"model/weights": None}}, "is damaged or"),
+    ],
+)
+def test_a_manifest_that_does_not_know_every_file_switches_nothing_off(
+    two_saves, capsys, known, words
+):
+    """With `{}` in it flipped weights were trained on."""
+    (two_saves / "mine" / "manifest.json").write_text(json.dumps(known))
+    assert saves.find(two_saves, "mine") == two_saves / "mine.old"
+    assert f"mine/manifest.json {words}" in capsys.readouterr().out
+
+
+def test_what_a_system_hides_in_a_folder_is_no_damage(two_saves):
+    for name in (".DS_Store", ".nfs000123", ".ipynb_checkpoints/state.pt"):
+        path = two_saves / "mine" / "model" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert saves.find(two_saves, "mine") == two_saves / "mine"
+    (two_saves / "mine" / "model" / "more.safetensors").touch()  # would be loaded
+    assert saves.find(two_saves, "mine") == two_saves / "mine.old"
+
+
+def test_the_save_of_another_phase_is_refused_and_not_set_aside(two_saves):
+    (two_saves / "mine").rename(two_saves / "distill")
+    for phase in ("distill", "distill.old"):
+        with pytest.raises(UserError, match=f"{phase} is a save of mine: give the folders back"):
+            saves.find(two_saves, "distill", set_aside=True)
+        if phase == "distill":
+            (two_saves / "distill").rename(two_saves / "distill.old")
+    assert saves.find(two_saves, "mine") == two_saves / "mine.old"
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"text", None])
+def test_a_state_that_is_none_is_one_line(two_saves, content):
+    path = two_saves / "mine" / "state.pt"
+    path.write_bytes(content or b"")
+    if content is None:
+        torch.save({"iteration": 1}, path)
+        assert load_state(path.parent, ["iteration"]) == {"iteration": 1}
+    with pytest.raises(UserError, match="state.pt: damaged or of another version; delete .*mine, "):
+        load_state(path.parent, ["iteration", "finished"])
 
 
 def test_without_a_whole_save_the_remedy_is_named(two_saves):

@@ -1,7 +1,6 @@
 """What mining and distillation do in an iteration: whom they ask, what they keep, their rows."""
 
 import dataclasses
-import json
 import shutil
 import types
 from pathlib import Path
@@ -352,7 +351,7 @@ def test_an_iteration_of_mining_pairs_trains_and_judges(begun, monkeypatch, caps
     state = load_state(save)
     state["successes"] = [dict(state["successes"][0], task_type=kind) for kind in kinds]
     torch.save(state, save / "state.pt")
-    (save / saves.MANIFEST).write_text(json.dumps(saves.files_of(save)))
+    saves.seal(save, "warmup")
     before = capsys.readouterr().out
     seen = Watched(mine, "--run t", monkeypatch)
     seen.check(1)

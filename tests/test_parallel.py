@@ -40,6 +40,7 @@ def test_two_ranks_make_the_steps_of_one_process(paired_episodes, policy, tmp_pa
     for key in ("loss", "policy", "kl", "internalization", "grad_norm", "logprob_gap", "rows"):
         assert one[0][key] == pytest.approx(two[0][key], abs=1e-6, rel=5e-5), key
     assert one[0]["internalization"] > 0
+    assert one[0]["reference"] == two[0]["reference"]  # one process goes on where two stopped
     later = [torch.load(tmp_path / f"{n}.pt.second", weights_only=False) for n in ("one", "two")]
     for name, gradient in one[1].items():
         assert (gradient - two[1][name]).abs().max() < 2e-6, name

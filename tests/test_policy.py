@@ -9,7 +9,14 @@ from conftest import as_rows
 
 from common import update
 from config import UserError
-from runtime.policy import Policy, load_policy, load_reference, make_optimizer
+from runtime.policy import (
+    SHAPES,
+    Policy,
+    digest_weights,
+    load_policy,
+    load_reference,
+    make_optimizer,
+)
 
 
 def test_bfloat16_weights_move_at_lr_1e_6_as_float32_weights_do():
@@ -95,3 +102,38 @@ def test_tokenizer_round_trips_and_survives_its_file(policy, config, tmp_path):
 def test_no_reference_is_loaded_for_a_kl_without_weight(config):
     assert load_reference(replace(config, kl_coef=0.0), "cpu") is None
     assert load_reference(config, "cpu") is not None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_digest_is_of_every_bit_of_the_weights_and_of_nothing_else(config, tmp_path, dtype):
+    """Not of the folder, nor of how it is written: a hub's files have other names than ours."""
+    config.dtype = dtype
+    model, tokenizer = load_policy("tiny-household", config, "cpu")
+    known = digest_weights(model)
+    model.save_pretrained(tmp_path, max_shard_size="1MB")
+    tokenizer.save_pretrained(tmp_path)
+    assert digest_weights(load_policy(tmp_path, config, "cpu", trainable=False)[0]) == known
+    for parameter in (*list(model.parameters())[::7], list(model.parameters())[-1]):
+        bits = parameter.detach().view(torch.uint8).view(-1)
+        bits[-1] ^= 1
+        assert digest_weights(model) != known
+        bits[-1] ^= 1
+    assert digest_weights(model) == known
+    a, b = (layer.input_layernorm.weight.detach() for layer in model.model.layers[:2])
+    a += 1
+    changed = digest_weights(model)
+    a -= 1
+    b += 1
+    assert digest_weights(model) not in (known, changed)  # it knows which weight is which
+
+
+def test_a_shape_has_the_same_weights_each_time(config, monkeypatch):
+    """Or it would not be its own reference, and another one when a phase goes on."""
+    small = SHAPES["qwen2.5-1.5b-shape"] | {"hidden_size": 24, "intermediate_size": 8}
+    small |= {"num_hidden_layers": 1, "vocab_size": 900}
+    monkeypatch.setitem(SHAPES, "small", small)
+    config.model = "small"
+    first = digest_weights(load_policy("small", config, "cpu")[0])
+    assert digest_weights(load_reference(config, "cpu")) == first
+    config.seed += 1
+    assert digest_weights(load_reference(config, "cpu")) != first

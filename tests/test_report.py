@@ -33,7 +33,7 @@ def write_run(root, success, **changes):
     (root / "distill" / "skills.jsonl").write_text(json.dumps(skill) + "\n")
     flags = dataclasses.asdict(Config()) | {"model": EVIL}
     (root / "distill" / "config.json").write_text(json.dumps(flags))
-    (root / "distill" / saves.MANIFEST).write_text(json.dumps(saves.files_of(root / "distill")))
+    saves.seal(root / "distill", "distill")
     said = f"<think>{ACTION}</think>{ACTION}{EVIL}"
     step = {"saw": EVIL, "said": said, "did": EVIL, "reward": 1, "advantage": 0.5}
     distilled = [step | {"weight": w, "distilled": ACTION} for w in (0.5, 1.0, 0.0)]

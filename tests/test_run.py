@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, call
+from safetensors.torch import load_file, save_file
 
+import distill
+import envs
 import evaluate
 import mine
 import warmup
@@ -115,6 +118,140 @@ def test_a_fork_does_not_silently_go_on_from_the_runs_own_phase(begun, monkeypat
         call(mine, "--run u --fork t --mine_iterations 1")
 
 
+def test_a_fork_does_not_go_on_from_what_is_left_of_the_runs_own_phase(begun):
+    """Killed between the two renames of a save, a run has only the one before it."""
+    shutil.copytree("runs/t", "runs/u")
+    Path("runs/u/warmup").rename("runs/u/warmup.old")
+    with pytest.raises(UserError, match="--fork t: u has its own warmup; use another --run"):
+        call(mine, "--run u --fork t --mine_iterations 1")
+    shutil.rmtree("runs/u/warmup.old")
+    Path("runs/u/warmup.part").mkdir()  # it was never saved
+    call(mine, "--run u --fork t --mine_iterations 1")
+
+
+def test_a_fork_that_was_refused_leaves_no_line_to_the_next_one(begun):
+    call(warmup, f"{begun} --warmup_iterations 2".replace("--run t", "--run v"))
+    shutil.copy("runs/v/metrics.jsonl", "runs/t/metrics.jsonl")
+    state = Path("runs/t/warmup/state.pt")
+    torch.save(torch.load(state) | {"finished": False}, state)
+    saves.seal(state.parent, "warmup")
+    with pytest.raises(UserError, match="runs/t/warmup is not finished"):
+        call(mine, "--run u --fork t --mine_iterations 1")
+    call(warmup, f"{begun} --warmup_iterations 1".replace("--run t", "--run w"))
+    call(mine, "--run u --fork w --mine_iterations 1")
+    assert [(x["phase"], x["iteration"]) for x in logged("u")] == [("warmup", 1), ("mine", 1)]
+
+
+@pytest.mark.parametrize("script", [mine, evaluate])
+def test_a_folder_with_the_save_of_another_phase_is_refused(begun, script):
+    """Swapped by hand, `mine/` and `distill/` were taken one for the other."""
+    shutil.copytree("runs/t/warmup", "runs/t/mine")
+    where = " --checkpoint mine" if script is evaluate else ""
+    with pytest.raises(UserError, match="runs/t/mine is a save of warmup: give the folders back"):
+        call(script, f"--run t{where}")
+    assert Path("runs/t/mine").exists()
+
+
+def test_a_damaged_save_is_not_evaluated_by_its_path_either(begun):
+    path = Path("runs/t/warmup/state.pt")
+    shutil.copytree("runs/t/warmup", "best")  # one may keep a copy under any name
+    flags = "--run t --eval_items 1 --checkpoint"
+    call(evaluate, f"{flags} best/model")
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="--checkpoint runs/t/warmup/model: .*state.pt has 0 bytes"):
+        call(evaluate, f"{flags} runs/t/warmup/model")
+
+
+@pytest.mark.parametrize(
+    "change", ["a game less", "a game more", "another content", "another name"]
+)
+def test_tasks_that_changed_since_the_run_began_are_refused(begun, games, monkeypatch, change):
+    """They were played without a word, whether in the same folder or in another one."""
+    shutil.copytree(games, "data")
+    trial = Path(envs.list_items("alfworld", "train", "data")[0]).parent
+    if change == "a game less":
+        shutil.rmtree(trial)
+    elif change == "a game more":
+        shutil.copytree(trial, trial.with_name("trial_2"))
+    elif change == "another name":
+        trial.rename(trial.with_name("trial_2"))
+    else:
+        game = trial / "game.tw-pddl"
+        game.write_text(game.read_text() + " ")
+    message = (
+        "the tasks in data are not those that runs/t/warmup was made with: bring those back, or"
+    )
+    resumed = (warmup, f"{begun} --warmup_iterations 2")
+    for script, flags in (resumed, (mine, "--run t"), (mine, "--run u --fork t")):
+        with pytest.raises(UserError, match=message):
+            call(script, f"{flags} --data data")
+    monkeypatch.setenv("ALFWORLD_DATA", "data")
+    with pytest.raises(UserError, match=message):
+        call(mine, "--run t --data=")
+    assert len(logged()) == 1 and not Path("runs/t/mine").exists()
+
+
+def test_tasks_may_move_between_phases(begun, games, monkeypatch):
+    shutil.copytree(games, "data")
+    call(mine, "--run t --mine_iterations 1 --data data")
+    monkeypatch.setenv("ALFWORLD_DATA", "data")
+    call(mine, "--run t --mine_iterations 2 --data=")
+    call(distill, "--run t --distill_iterations 1")
+    assert [x["phase"] for x in logged()] == ["warmup", "mine", "mine", "distill"]
+
+
+@pytest.fixture
+def kept(begun, monkeypatch):
+    """A run whose --model is a folder that one may change -> (its flags, the weights)."""
+    shutil.copytree(ROOT / "tiny" / "policy_household", "first")
+    shutil.rmtree("runs")
+    flags = f"{begun} --model first"
+    call(warmup, f"{flags} --warmup_iterations 1")
+    return flags, Path("first/model.safetensors")
+
+
+def change(path):
+    """Weights a little larger than they were."""
+    weights = {name: 1.01 * value for name, value in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+
+
+def test_a_reference_that_changed_since_the_run_began_is_refused(kept):
+    """The KL was to whatever lay in --model: 0.00734 instead of 0.00012."""
+    flags, path = kept
+    call(mine, "--run t --mine_iterations 1")
+    change(path)
+    message = "the weights of --model first are not those that runs/t/{} was made with: bring those"
+    for script, more, source in (
+        (warmup, f"{flags} --warmup_iterations 2", "warmup"),
+        (mine, "--run t --mine_iterations 2", "mine"),
+        (mine, "--run u --fork t", "warmup"),
+        (distill, "--run t", "mine"),
+    ):
+        with pytest.raises(UserError, match=message.format(source)):
+            call(script, more)
+
+
+def test_without_a_kl_no_reference_is_needed_and_what_it_was_stays_known(kept):
+    _, path = kept
+    path.rename("elsewhere")
+    call(mine, "--run t --mine_iterations 1 --kl_coef 0")
+    Path("elsewhere").rename(path)
+    call(distill, "--run t --distill_iterations 1")
+    change(path)
+    with pytest.raises(UserError, match="--model first are not those that runs/t/distill was made"):
+        call(distill, "--run t --distill_iterations 2")
+
+
+def test_the_initial_policy_is_the_reference_of_a_later_phase(kept):
+    flags, path = kept
+    call(warmup, f"{flags.replace('--run t', '--run u')} --warmup_iterations 1 --kl_coef 0")
+    call(mine, "--run v --fork u --mine_iterations 1 --kl_coef 0.01")
+    change(path)
+    with pytest.raises(UserError, match="--model first are not those that runs/u/warmup was made"):
+        call(mine, "--run u --mine_iterations 1 --kl_coef 0.01")
+
+
 def test_a_saved_state_is_read_on_any_device_and_runs_no_code(begun, monkeypatch):
     seen = {}
     load = torch.load
@@ -176,7 +313,7 @@ def test_a_value_that_no_run_could_have_is_one_line_at_the_start(flags, message,
 def rewrite(path, **flags):
     """Write flags into the config.json of a save, and its manifest anew."""
     (path / "config.json").write_text(json.dumps(flags))
-    (path / "manifest.json").write_text(json.dumps(saves.files_of(path)))
+    saves.seal(path, path.name)
 
 
 def test_a_run_of_another_version_says_what_its_flags_are_called_now(begun, monkeypatch):

@@ -624,6 +624,20 @@ def test_a_damaged_cache_is_built_anew(folder, damage):
         assert path.read_bytes() == whole and again.prices == first.prices
 
 
+def test_files_that_kept_their_size_and_time_are_read_anew(tmp_path, folder):
+    """As `cp -p` may leave them: the cache of the old ones was played."""
+    (path,) = tmp_path.glob("items_shuffle*")
+    before = path.stat()
+    first = webshop.load_catalogue(folder)
+    path.write_text(path.read_text().replace("cotton", "linen "))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    webshop.load_catalogue.cache_clear()
+    again = webshop.load_catalogue(folder)
+    assert again.product(0)["title"] == first.product(0)["title"].replace("cotton", "linen ")
+    assert again.product(0)["title"] != first.product(0)["title"]
+
+
 def test_unfinished_caches_of_killed_processes_are_removed_and_young_ones_left(folder):
     """133 of them were found; a young one may be another process at work."""
     parts = [webshop.CACHE / f"{name}.part" for name in ("old", "young")]

@@ -235,7 +235,7 @@ def train_policy(lessons: Lessons) -> dict:
     record = {"settings": asdict(lessons)}
     pairs = draw(lessons, lessons.count, lessons.seed)
     model, tokenizer = begin(lessons, pairs, folder)
-    state = load_state(folder) if folder else {"batches": 0, "optimizers": None}
+    state = load_state(folder, ["batches"]) if folder else {"batches": 0, "optimizers": None}
     optimizers = make_optimizers(model, lessons, state["optimizers"])
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rows = make_rows(tokenizer, pairs)

@@ -13,8 +13,7 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-from config import UserError
-from runtime import saves
+from config import UserError, sha256
 from runtime.policy import BUILT
 from runtime.run import run_script
 
@@ -29,7 +28,7 @@ def find_weights() -> Path:
     if found is None:
         raise UserError("SmolLM2 is not installed; run `make smollm2`")
     path = Path(found.origin).parent / FILE
-    if not path.is_file() or saves.sha256(path) != SHA256:
+    if not path.is_file() or sha256(path) != SHA256:
         raise UserError(f"{path} is not the published file; delete it and run `make smollm2`")
     return path
 

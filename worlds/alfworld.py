@@ -133,9 +133,9 @@ def parse_game(data: dict, path: str) -> Game:
     without_task = grammar[:start] + grammar[end:]
     if kind is None or cleaners is None or digest(without_task) not in KNOWN_GRAMMARS:
         raise UserError(
-            f"{path}: a domain, grammar or goal that is not ALFWorld's own; download it again. The "
-            "stock package plays it with --engine textworld-trusted, but that runs the code in its "
-            "grammar"
+            f"{path}: a domain, grammar or goal that is not ALFWorld's own; delete it or download "
+            "it again. The stock package plays it with --engine textworld-trusted, but that runs "
+            "the code in its grammar"
         )
 
     facts = read_facts(head, init, path)
@@ -489,10 +489,12 @@ def open_item(item: str, engine: str = "fast"):
     return AlfWorld(load_game(str(item)))
 
 
-def list_items(root, split: str) -> list[str]:
+def list_items(root, split: str, engine: str = "fast") -> list[str]:
     """The paths of a split's games, sorted; as in stock, without those of movable receptacles and
-    sliced objects. UserError when there are none.
+    sliced objects. UserError when there are none, or no stock engine that is asked for.
     """
+    if engine != "fast":
+        load_stock()  # at the start, since a game that does not open is left out
     folder = Path(root) / "json_2.1.1"
     games = sorted(str(path) for path in (folder / split).glob("*/*/game.tw-pddl"))
     games = [path for path in games if not re.search("movable|Sliced", item_name(path))]
@@ -502,6 +504,11 @@ def list_items(root, split: str) -> list[str]:
         remedy += "run alfworld-download, or set ALFWORLD_DATA or --data"
         raise UserError(f"no game.tw-pddl in {folder / split}, for --env alfworld: {remedy}")
     return games
+
+
+def files(items) -> list:
+    """The files behind the items: they are these files."""
+    return items
 
 
 def item_name(item) -> str:

@@ -8,7 +8,7 @@ import json
 import random
 from pathlib import Path
 
-from config import UserError, read_text, write_atomically
+from config import UserError, is_whole, read_text, write_atomically
 from worlds import alfworld
 
 try:
@@ -210,10 +210,10 @@ def solve(game: alfworld.Game) -> list:
 
 
 def make(root: Path, splits=SPLITS, seed: int = 0) -> Path:
-    """Write the missing splits, {name: number of games}, under `root`; `seed` decides all."""
+    """Write the splits, {name: number of games}, that are not whole; `seed` decides all."""
     for split, count in splits.items():
         folder = root / "json_2.1.1" / split
-        if len(list(folder.glob("*/*/game.tw-pddl"))) >= count:
+        if sum(map(is_whole, folder.glob("*/*/game.tw-pddl"))) >= count:
             continue
         rng = random.Random(f"{seed} {split}")
         types = list(ROOMS_OF)

@@ -9,7 +9,7 @@ import json
 import random
 from pathlib import Path
 
-from config import write_atomically
+from config import is_whole, write_atomically
 
 OPTIONS = {
     "color": ["red", "blue", "green", "black", "white", "pink", "gray"],
@@ -87,7 +87,8 @@ def make_catalogue(folder: Path, products: int, seed, difficulty=None) -> Path:
 
 def make(folder: Path) -> Path:
     """Write an embedded catalogue, once; the number at the end of its name is the difficulty."""
-    if not (folder / "items_shuffle.json").exists():
+    files = [folder / name for name in ("items_ins_v2.json", "items_shuffle.json")]
+    if not all(map(is_whole, files)):
         number = folder.name.removeprefix("tiny-shop").removeprefix("-")
         make_catalogue(folder, 240, seed=0, difficulty=int(number) if number else None)
     return folder

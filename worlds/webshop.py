@@ -61,6 +61,7 @@ PER_PAGE = 10
 CACHE = Path("runs/webshop-cache")
 FORMAT = 4  # raise it when what is cached changes
 ASIN = re.compile(r"[0-9A-Z]{1,10}")  # the id of a product
+AGAIN = "delete it or download it again"  # an embedded one is then made again
 STALE = 3600  # seconds after which the unfinished cache of another process counts as abandoned
 
 # --- Search: Lucene's EnglishAnalyzer and BM25 ----------------------------------------------------
@@ -202,7 +203,7 @@ def stream_json(path, block=1 << 20):
         try:
             text = file.read(block)
             if text[:1] != "[":
-                raise UserError(f"{path}: not a JSON array; download it again")
+                raise UserError(f"{path}: not a JSON array; {AGAIN}")
             at = 1
             while True:
                 at = space.match(text, at).end()
@@ -219,16 +220,16 @@ def stream_json(path, block=1 << 20):
                     text = text[at:] + more
                     at = 0
                 else:
-                    raise UserError(f"{path}: no JSON, or it ends in the middle; download it again")
+                    raise UserError(f"{path}: no JSON, or it ends in the middle; {AGAIN}")
         except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 text; download it again") from None
+            raise UserError(f"{path}: not UTF-8 text; {AGAIN}") from None
 
 
 def read_object(path) -> dict:
     """A JSON object. UserError for anything else."""
     data = read_json(path)
     if not isinstance(data, dict):
-        raise UserError(f"{path}: not a JSON object; download it again")
+        raise UserError(f"{path}: not a JSON object; {AGAIN}")
     return data
 
 
@@ -318,18 +319,24 @@ def build_cache(folder, cache):
         shutil.rmtree(part, ignore_errors=True)
 
 
+def sources(folder) -> list[Path]:
+    """The files of products, of attributes and, where there is one, of human goals."""
+    human = sorted(Path(folder).glob("items_human_ins*.json"))
+    patterns = ("items_shuffle*.json", "items_ins_v2*.json")
+    return [find_file(folder, pattern) for pattern in patterns] + human[:1]
+
+
 def write_cache(folder, part):
     """Into the empty folder `part`: products.jsonl with an offset for each product, the table of
     prices and limits, the index, and a checksum of each.
     """
-    attributes = read_object(find_file(folder, "items_ins_v2*.json"))
-    human_files = sorted(Path(folder).glob("items_human_ins*.json"))  # human goals are optional
-    human = read_object(human_files[0]) if human_files else {}
+    source, *others = sources(folder)
+    attributes = read_object(others[0])
+    human = read_object(others[1]) if others[1:] else {}  # human goals are optional
     offsets = [0]
     prices = {}  # id -> [price] or [lowest, highest]
     counts = []  # of each product: synthetic goals, None without an instruction, and human goals
     path = part / "products.jsonl"
-    source = find_file(folder, "items_shuffle*.json")
     with open(path, "wb") as file:
         for number, raw in enumerate(stream_json(source), 1):
             try:
@@ -341,7 +348,7 @@ def write_cache(folder, part):
             except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UserError(
                     f"{source}: product {number} is not in the original's format, here or in what "
-                    f"the other files say of it ({error!r:.200}); download the files again"
+                    f"the other files say of it ({error!r:.200}); delete or download them again"
                 ) from None
             line = json.dumps(product).encode() + b"\n"
             file.write(line)
@@ -496,9 +503,10 @@ class Catalogue:
 @lru_cache(maxsize=4)
 def load_catalogue(folder) -> Catalogue:
     """Open the cache of a data folder; a missing, damaged or outdated one is built first."""
-    find_file(folder, "items_shuffle*.json")  # a clear error before anything else
-    paths = sorted(Path(folder).glob("items_*.json"))
-    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime) for path in paths]
+    files = []
+    for path in sources(folder):  # a clear error before anything else
+        stat = path.stat()  # a copy may keep size and mtime, but not ctime
+        files.append((str(path.resolve()), stat.st_size, stat.st_mtime, stat.st_ctime))
     key = json.dumps([FORMAT, SEED, files]).encode()
     cache = CACHE / hashlib.sha256(key).hexdigest()[:16]
     for part in CACHE.glob("*.part"):  # of a process that was killed while it built
@@ -743,7 +751,7 @@ def open_item(item, engine: str = "fast") -> WebShop:
     return WebShop(catalogue.goal(f"{path.parent.name}/{path.name}"), catalogue)
 
 
-def list_items(root, split: str) -> list[str]:
+def list_items(root, split: str, engine: str = "fast") -> list[str]:
     """The goals of "train" or "test", with ":human" those written by people, with ":verl" in the
     usual split (see `Catalogue.split`). UserError where there are none.
     """
@@ -758,9 +766,14 @@ def list_items(root, split: str) -> list[str]:
     return [f"{root}/{goal}" for goal in goals]
 
 
+def files(items) -> list[Path]:
+    """The files behind the items."""
+    return sources(Path(items[0]).parent.parent)
+
+
 def item_name(item) -> str:
     """The goal, whatever the data folder."""
-    return "/".join(Path(item).parts[-2:])
+    return "/".join(item.rsplit("/", 2)[1:])
 
 
 def identity(item, split: str) -> str:
