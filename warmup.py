@@ -28,8 +28,6 @@ def main():
     run = Run(config, "warmup", successes=[])
     policy = run.policy
     successes = run.state["successes"]  # D_succ
-    parameters = policy.model.num_parameters()
-    print(f"warmup: {len(run.items)} tasks, {parameters:,} parameters on {run.device}")
 
     for k in run.iterations():
         # 1. rollout: every task `group_size` times, plain prompt

@@ -15,6 +15,7 @@ is another now, the run does not go on.
 
 import io
 import json
+import math
 import os
 import random
 import re
@@ -169,6 +170,11 @@ class Run:
         saved = self.state.pop("optimizer", None)
         optimizer = make_optimizer(model, config.lr, offload=config.offload, saved=saved)
         self.policy = Policy(model, tokenizer, reference, optimizer)
+
+        if parallel.rank() == 0:
+            where = f"{config.split} in {envs.data_root(config.env, config.data)} ({data[:12]})"
+            size = f"{model.num_parameters():,} parameters on {self.device}"
+            print(f"{phase}: {len(self.items)} tasks of {where}, {size}")
 
         self.clock = self.saved_at = time.time()  # of the last line of the log, the last save
         self.save_seconds = None
@@ -329,6 +335,10 @@ class Run:
         tqdm.write(f"{self.phase} {iteration:>3}  {line}")
         self.flat = self.flat + 1 if metrics["no_contrast"] > 0.5 else 0
         first = iteration == self.state["iteration"] + 1
+        if first and iteration < self.last:
+            left = self.last - iteration
+            minutes = math.ceil(record["seconds"] * left / 60)
+            tqdm.write(f"{left} iterations are left, at most, and take about {minutes} minutes")
         for warning in warnings(metrics, self.config, self.flat, first):
             tqdm.write(f"note: {warning}")
 

@@ -12,6 +12,7 @@ from conftest import call, tiny_config
 
 import common
 import distill
+import envs
 import mine
 import warmup
 from common import episode_advantages, rl_rows
@@ -256,6 +257,13 @@ class Watched:
         self.folder = Path("runs/t", self.phase)
         self.state = load_state(self.folder)
 
+    def start(self, phase) -> str:
+        """The first line of a phase's output."""
+        data = envs.data_root("alfworld", self.config.data)
+        panel = envs.digest("alfworld", envs.list_items("alfworld", "train", data))[:12]
+        where = f"{phase}: 12 tasks of train in {data} ({panel})"
+        return f"{where}, 707,200 parameters on cpu\n"
+
     def end(self, phase, more, after) -> list[str]:
         """The last lines of a phase's output, by its log."""
         log = [x for x in read_jsonl("runs/t/metrics.jsonl") if x["phase"] == phase]
@@ -331,7 +339,8 @@ def test_an_iteration_of_the_warm_up_keeps_its_successes_and_ends_with_enough(
     assert seen.state["successes"][2:] == plain_successes(seen.episodes, 2)
     assert seen.options == {} and all(not e.skills for e in seen.episodes)
     said = capsys.readouterr().out
-    assert "warmup: 12 tasks, 707,200 parameters on cpu\n" in said
+    assert said.startswith(seen.start("warmup"))
+    assert "1 iterations are left, at most, and take about " in said
     assert "N_succ 4/4  steps 3.0  invalid 0.00" in said
     assert said.split("\n")[-10:-1] == seen.end("warmup", "n_succ: 4", "mine")
     enough = begun.replace("--n_req 3", "--n_req 2")
@@ -365,7 +374,7 @@ def test_an_iteration_of_mining_pairs_trains_and_judges(begun, monkeypatch, caps
     assert all(set(skill.deltas) == {0.5} and skill.born == 1 for skill in seen.bank().skills)
     assert len(seen.state["successes"]) == len(kinds) and seen.state["finished"]  # no plain one
     said = capsys.readouterr().out
-    assert said.startswith("mine: 2 successes to learn from, 0 skills\n")
+    assert said.startswith(seen.start("mine") + "mine: 2 successes to learn from, 0 skills\n")
     assert f"mined {{'added': {len(kinds)}" in said and "skills 0 active" in said
     assert "no skill became active: distill.py will train plain GiGPO" in said
     assert seen.bank().table() in said
@@ -403,7 +412,8 @@ def test_an_iteration_of_distillation_adds_what_the_skills_did_better(begun, mon
     steps = [s for line in read_jsonl("runs/t/episodes.jsonl") for s in line["steps"]]
     assert sum("distilled" in step for step in steps) == 3  # of one of the two members shown
     said = capsys.readouterr().out
-    assert said.startswith("distill: skills 6 active 0 candidate 0 retired, lambda up to 0.025\n")
+    skills = "distill: skills 6 active 0 candidate 0 retired, lambda up to 0.025\n"
+    assert said.startswith(seen.start("distill") + skills)
     assert f"lambda 0.025  gated {gated} tokens  skills 6 active" in said
     assert "plain GiGPO" not in said
     skills = "skills: 6 active 0 candidate 0 retired; the model needs none"

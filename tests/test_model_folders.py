@@ -1,5 +1,6 @@
 """A model folder says more than its weights: what it says is honoured, or refused in one line."""
 
+import copy
 import json
 import re
 import shutil
@@ -138,9 +139,9 @@ HONOURED = {
 def test_the_sampler_and_the_trainer_agree_whatever_is_honoured(folder, games, change):
     """The first step has ratios of 1 and no KL, prompts are as before, and the save loads."""
     change(folder)
-    config = tiny_config(games, model=str(folder), tasks=1, max_steps=2, recompute_old=True)
+    config = tiny_config(games, model=str(folder), group_size=2, max_steps=1, recompute_old=True)
     model, tokenizer = load_policy(folder, config, "cpu")
-    reference, _ = load_policy(folder, config, "cpu", trainable=False)
+    reference = copy.deepcopy(model).requires_grad_(False)
     policy = Policy(model, tokenizer, reference, make_optimizer(model, lr=1e-4))
     groups = open_groups(envs.list_items("alfworld", "train", games)[:1], config)
     episodes = rollout(policy, config, groups, seed=1)
@@ -218,6 +219,10 @@ REFUSED = {
             (f / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}'),
         ),
         "cannot be loaded",
+    ),
+    "attention in chunks": (
+        lambda f: change(f, layer_types=["chunked_attention"] * 4),
+        "layers of chunked_attention over 0 tokens",
     ),
     "code of its own": (
         lambda f: change(f, model_type="own", auto_map={"AutoConfig": "own.Config"}),
