@@ -67,12 +67,12 @@ def eos_ids(model, tokenizer) -> list:
     and what the template writes after an assistant's message, which base models do not name.
     """
     ids = model.generation_config.eos_token_id
-    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
+    ids = ids if isinstance(ids, list) else [ids]
     (text,) = render(tokenizer, ["hello"], answer=CUT)
     after = tokenizer(text.rpartition(CUT)[2], add_special_tokens=False).input_ids
-    known = tokenizer.added_tokens_decoder
-    ids.update([token for token in after if token in known and known[token].special][:1])
-    return sorted(ids - {None})
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    written = next((token for token in after if token in special), None)
+    return sorted({*ids, tokenizer.eos_token_id, written} - {None})
 
 
 class Cache:

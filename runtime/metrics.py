@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import numpy as np
 
-GAP = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token; rounding leaves a tenth of it at most
+GAP = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token, more than rounding makes of it
 FLAT = 3  # iterations in a row without contrast, after which a line says so
 
 

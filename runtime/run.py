@@ -338,7 +338,7 @@ class Run:
         if first and iteration < self.last:
             left = self.last - iteration
             minutes = math.ceil(record["seconds"] * left / 60)
-            tqdm.write(f"{left} iterations are left, at most, and take about {minutes} minutes")
+            tqdm.write(f"iterations left: {left}, about {minutes} min")
         for warning in warnings(metrics, self.config, self.flat, first):
             tqdm.write(f"note: {warning}")
 

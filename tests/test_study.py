@@ -88,10 +88,10 @@ def test_differences_are_paired_by_seed_and_refuse_other_seeds_and_plans():
     found = two_seeds(2)
     assert study.differences(found["siri"], found["gigpo"], "end") == pytest.approx([0.2, 0.2])
     assert study.differences(found["siri"], found["gigpo"], "curve") == pytest.approx([0.1, 0.1])
-    with pytest.raises(UserError, match="lacks seeds"):
-        study.differences(found["siri"], {"1": found["gigpo"]["1"]}, "end")
     some = {"1": found["siri"]["1"]}  # a variant may have fewer
     assert study.differences(some, found["gigpo"], "end") == pytest.approx([0.2])
+    assert study.differences(found["gigpo"], some | {"9": []}, "end") == pytest.approx([-0.2])
+    assert study.differences(some, {}, "end") == [] and study.estimate([]) == ""
     for wrong in ([120, 0, 10], [100, 0, 12]):
         other = found["gigpo"] | {"1": [[0, 0, 10], wrong]}
         with pytest.raises(UserError, match="other episodes or items"):

@@ -57,11 +57,7 @@ VARIANTS = {  # name: (in tables and figures, flags of phases 1 and 2, more flag
     "nothing": ("no skill shown", "--show nothing", ""),
     "neutral": ("neutral words shown", "--show neutral", ""),
     "other": ("skills of other tasks shown", "--show other", ""),
-    "writer": (
-        "skills by another writer",
-        "--miner http://127.0.0.1:8123/v1",
-        "",
-    ),  # tiny/writer.py
+    "writer": ("another writer's skills", "--miner http://127.0.0.1:8123/v1", ""),  # tiny/writer.py
 }
 IN_PHASE_2 = ("internalization", "gate", "weight", "action_mask")  # phase 1 is the same without
 CONTROLS = ("gigpo", "siri")  # what the other variants are compared with
@@ -256,15 +252,11 @@ def measures(curve) -> dict:
 
 
 def differences(curves, control, measure) -> list[float]:
-    """Variant - control for each seed of the variant. UserError where the control lacks one, or has
-    another plan.
-    """
-    if curves.keys() - control.keys():
-        raise UserError("the control lacks seeds of the variant; finish the study first")
-    trained = {seed: curve for seed, curve in curves.items() if len(curve) > 1}
-    if any(plan(curve) != plan(control[seed]) for seed, curve in trained.items()):
+    """Variant - control for each seed that both have. UserError where their plans differ."""
+    pairs = [(curve, control[seed]) for seed, curve in curves.items() if seed in control]
+    if any(plan(ours) != plan(theirs) for ours, theirs in pairs if len(ours) > 1):
         raise UserError("variant and control were evaluated at other episodes or items")
-    return [measures(c)[measure] - measures(control[seed])[measure] for seed, c in curves.items()]
+    return [measures(ours)[measure] - measures(theirs)[measure] for ours, theirs in pairs]
 
 
 def plan(curve) -> list:
@@ -306,16 +298,16 @@ def rows(studies, name) -> list[list[str]]:
         line += [f"{means['episodes']:.0f}"]
         line += [f"{means[key]:.3f}" for key in ("warmup", "end", "curve")]
         for control, key in product(CONTROLS, ("curve", "end")):
-            cell = ""
-            if variant != control and control in variants:
-                cell = estimate(differences(curves, variants[control], key))
-            line.append(cell)
+            peers = variants.get(control, {}) if variant != control else {}
+            line.append(estimate(differences(curves, peers, key)))
         lines.append(line)
     return lines
 
 
 def estimate(values) -> str:
-    """`+0.125 (+0.046 to +0.204), 9 of 10`: of so many seeds so many are ahead."""
+    """`+0.125 (+0.046 to +0.204), 9 of 10`: of so many seeds so many are ahead. "" of none."""
+    if not values:
+        return ""
     if len(values) == 1 or np.ptp(values) == 0:
         return f"{values[0]:+.3f} ({'one seed' if len(values) == 1 else 'in every seed'})"
     low, high = interval(values)
