@@ -10,12 +10,13 @@ import pytest
 from conftest import ROOT
 
 from config import read_json
-from tools import report
+from tools import report, walkthrough
 
 OTHERS = {".venv", "mutants", "runs", "tests"}
 SOURCES = [p for p in ROOT.rglob("*.py") if not OTHERS & set(p.relative_to(ROOT).parts)]
 METHOD = (ROOT / "docs" / "method.md").read_text()
 FORK = (ROOT / "docs" / "fork.md").read_text()
+WALKTHROUGH = (ROOT / "docs" / "walkthrough.md").read_text()
 
 
 def test_every_equation_the_code_names_is_there():
@@ -71,6 +72,51 @@ def test_the_table_of_the_readme_is_the_demo_that_was_run():
     readme = (ROOT / "README.md").read_text()
     block = readme.split("<!-- demo:begin -->\n")[1].split("\n<!-- demo:end -->")[0]
     assert block == report.markdown_table(rows)
+
+
+# --- docs/walkthrough.md --------------------------------------------------------------------------
+
+
+def test_each_link_of_the_walkthrough_is_the_line_that_it_names():
+    """Where lines have moved: python -m tools.walkthrough --links"""
+    assert WALKTHROUGH.count(".py#L") == len(walkthrough.LINK.findall(WALKTHROUGH)) > 30
+    assert walkthrough.link(WALKTHROUGH) == WALKTHROUGH
+
+
+def test_the_walkthrough_has_every_equation_and_one_screen_for_each_step():
+    rows = re.findall(r"^\| (\d+) \| .* \| .*\d.* \| \[.*\.py:\d+\]", WALKTHROUGH, re.M)
+    tags = re.findall(r"\\tag\{(\d+)\}", METHOD)
+    assert rows == tags
+    assert len(re.findall(r"^## \d\. ", WALKTHROUGH, re.M)) == 8
+    assert len(WALKTHROUGH.splitlines()) <= 250
+
+
+def test_the_numbers_of_the_walkthrough_give_each_other():
+    """`(10.00 - 4.17) / 5.00 = 1.17` holds as it is printed, up to the rounding."""
+    names = {"max": max, "min": min, "clip": lambda x, low, high: min(max(x, low), high)}
+    sums = re.findall(r"[|,;] ((?:[-+\d.(]|max|min|clip)[^|;=`]*) = (-?[\d.]+)", WALKTHROUGH)
+    assert len(sums) >= 12
+    for formula, value in sums:
+        found = eval(formula.replace("·", "*").replace("^", "**"), names)
+        assert found == pytest.approx(float(value), rel=0.01, abs=0.01), f"{formula} = {value}"
+    credit = re.findall(r"^\| \d \| \d \| `.*` \| (.*) \|$", WALKTHROUGH, re.M)
+    for row in credit:
+        *_, episode, step, joint = map(float, row.split(" | "))
+        assert episode + step == pytest.approx(joint, abs=0.011)
+    state = re.findall(r"^\| `.*` \| [\d.]+ \| (-?[\d.]+) \| (\d+) \|$", WALKTHROUGH, re.M)
+    assert len(credit) >= 6 and len(state) >= 3
+    assert sum(float(A_S) * int(rows) for A_S, rows in state) == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.slow
+def test_the_walkthrough_is_what_its_command_writes(tmp_path, monkeypatch):
+    """Up to the last digits, which depend on the processor."""
+    monkeypatch.chdir(tmp_path)
+    page = walkthrough.write(*walkthrough.run())
+    number = r"-?\d+\.\d+"
+    assert re.sub(number, "#", page) == re.sub(number, "#", WALKTHROUGH)
+    found, kept = (list(map(float, re.findall(number, text))) for text in (page, WALKTHROUGH))
+    assert found == pytest.approx(kept, rel=0.02, abs=0.01)
 
 
 # --- docs/fork.md ---------------------------------------------------------------------------------
