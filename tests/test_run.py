@@ -549,7 +549,8 @@ def test_a_phase_ends_with_a_save_however_late_the_last_was(run):
 
 
 def counts(episodes, tokens):
-    return {"episodes": episodes, "sampled_tokens": tokens}
+    found = {"episodes": episodes, "sampled_tokens": tokens}
+    return found | {"no_contrast": 0.0, "cut": 0.0}  # what a warning may be about
 
 
 def test_a_line_of_the_log_counts_what_the_run_has_spent(run, episodes, monkeypatch):
@@ -568,6 +569,15 @@ def test_a_line_of_the_log_counts_what_the_run_has_spent(run, episodes, monkeypa
     monkeypatch.setattr(runs.parallel, "rank", lambda: 1)
     run.log(3, counts(4, 50), episodes, advantages, "a line")
     assert len(logged("tiny-household")) == 2  # rank 0 speaks for all
+
+
+def test_iterations_without_contrast_are_counted_in_a_row(run, episodes, capsys):
+    advantages = [[0.0] * len(e.steps) for e in episodes]
+    said = []
+    for k, share in enumerate((0.6, 0.9, 0.5, 0.6, 0.6, 0.6, 0.6), 1):
+        run.log(k, counts(8, 100) | {"no_contrast": share}, episodes, advantages, "a line")
+        said.append("note: for 3 iterations most groups" in capsys.readouterr().out)
+    assert said == [False] * 5 + [True, False]
 
 
 def test_a_transcript_has_its_own_episodes_advantages(run, paired_episodes):
