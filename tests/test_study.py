@@ -484,14 +484,19 @@ def test_the_figure_names_each_variant_once_in_one_colour_everywhere(monkeypatch
         n: {"title": f"title {n}", "variants": two_seeds(2), "panel": n < "c"} for n in "abc"
     }
     studies["b"]["variants"]["no-gate"] = studies["b"]["variants"]["siri"]
+    studies["c"]["variants"]["siri+skills"] = two_seeds(3)["siri"]
+    studies["c"]["panel"] = {"the gap": ["siri", "siri+skills"]}
     study.draw(studies, "nowhere")
     (figure,) = figures
-    assert [axis.get_title() for axis in figure.axes] == ["title a", "title b"]
+    assert [axis.get_title() for axis in figure.axes] == ["title a", "title b", "the gap"]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["GiGPO", "SIRI", "without gate"]
+    assert names == ["GiGPO", "SIRI", "without gate", "SIRI, evaluated with its skills"]
     colors = [[line.get_color() for line in axis.lines] for axis in figure.axes]
     assert colors[0] == [study.GRAY, study.BLUE] and colors[1][:2] == colors[0]
     assert len(set(colors[1])) == 3
+    plain, kept = figure.axes[2].lines
+    assert plain.get_color() == kept.get_color() == study.BLUE
+    assert (plain.get_linestyle(), kept.get_linestyle()) == ("-", "--")
     line = figure.axes[0].lines[1]  # siri: the mean of two seeds
     assert np.allclose(line.get_xydata(), [[60, 0.3], [160, 0.5]])
     band = figure.axes[0].collections[1].get_paths()[0].vertices  # the range of each point

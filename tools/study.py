@@ -16,7 +16,7 @@ The seeds join those of earlier calls, whose runs may be gone, and the study the
     pools      instead: studies whose seeds are taken together; `only` some of their variants
     explained  variant -> means over the seeds and the iterations of phases 1 and 2; empty where
                the seeds are of several calls
-    panel      whether the figure shows the study
+    panel      whether the figure shows the study; or title -> variants, a panel for each
 
 Each interval is Student's t, 95%, over the seeds' differences to GiGPO and to SIRI: it speaks of
 other seeds on the same items.
@@ -349,15 +349,26 @@ def replace_block(path, name, text):
     write_atomically(path, page)
 
 
+def panels(studies) -> list[tuple]:
+    """(title, variant -> seed -> curve) of each panel of the figure."""
+    found = []
+    for name, study in studies.items():
+        variants = variants_of(studies, name)
+        wanted = study.get("panel") or {}
+        wanted = {study["title"]: variants} if wanted is True else wanted
+        found += [(title, {v: variants[v] for v in names}) for title, names in wanted.items()]
+    return found
+
+
 def draw(studies, path):
-    """A panel for each study that has `panel`: mean and range of its seeds."""
-    shown = {name: study for name, study in studies.items() if study.get("panel")}
+    """Mean and range of the seeds in each panel; dashed where evaluated with skills."""
+    shown = panels(studies)
     size = {"figsize": (3.7 * len(shown), 3.7), "constrained_layout": True}
     figure, axes = plt.subplots(1, len(shown), sharey=True, squeeze=False, **size)
     colors = dict(COLORS)
     labels = {}
-    for axis, (name, study) in zip(axes[0], shown.items(), strict=True):
-        for variant, curves in variants_of(studies, name).items():
+    for axis, (title, variants) in zip(axes[0], shown, strict=True):
+        for variant, curves in variants.items():
             base, kept, _ = variant.partition(KEPT)
             color = colors.setdefault(base, OTHER_COLORS[len(colors) % len(OTHER_COLORS)])
             points = np.array(list(curves.values()), float)  # [seeds, points, 3]
@@ -369,7 +380,7 @@ def draw(studies, path):
             band = {"color": color, "alpha": 0.12, "lw": 0}
             axis.fill_between(episodes, success.min(0), success.max(0), **band)
             labels.setdefault(describe(variant)[0], line)
-        axis.set_title(study["title"], fontsize=10)
+        axis.set_title(title, fontsize=10)
         axis.set(xlabel="episodes", ylim=(0, 1))
         axis.locator_params(axis="x", nbins=5)
     axes[0, 0].set_ylabel("held-out success (mean, range of seeds)")
