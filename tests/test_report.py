@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -102,6 +103,27 @@ def test_both_halves_of_a_game_stand_side_by_side_those_that_differ_first(runs):
     assert [k for k in range(8) if f"game {k}." in shown] == [0, 2]
     path.unlink()
     assert "No game" in report.pairs(runs / "r", 2)
+
+
+def test_a_step_shows_its_advantage_and_an_iteration_its_objective(runs):
+    path = runs / "r" / "episodes.jsonl"
+    skilled, plain = map(json.loads, path.read_text().splitlines())
+    values = (2.5, 1.0, -0.5, 0.0)
+    for step, advantage in zip(skilled["steps"], values, strict=True):
+        step["advantage"] = advantage
+    path.write_text("".join(json.dumps(line) + "\n" for line in (skilled, plain)))
+    log = runs / "r" / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    terms = {"policy": -0.01234, "kl": 2e-4, "entropy": 1.5, "internalization": 0.25, "loss": 0.5}
+    log.write_text("".join(json.dumps(line | terms) + "\n" for line in lines))
+    shown = report.pairs(runs / "r")
+    objective = "L_GiGPO = -0.0123, L_KL = 0.0002, H = 1.5, L_int = 0.25, λ = 0.1, L = 0.5"
+    assert objective in shown and report.objective({"policy": 1.0, "kl": None}) == "L_GiGPO = 1"
+    green, red = "rgba(44, 122, 75, ", "rgba(190, 60, 45, "
+    bars = [f"{green}1.00", f"{green}0.50", f"{red}0.25", f"{red}0.00", f"{green}0.25"]
+    assert re.findall(r"border-color: (.*?)\)", shown) == bars
+    assert "step 1, A = +2.50, reward 1<" in shown and "step 3, A = -0.50" in shown
+    assert shown.count("<details open>") == shown.count("</details>") == 1
 
 
 def evaluated(folder, name, **changes):

@@ -165,21 +165,35 @@ def draw_evaluations(axis, rows, places):
 # --- The page: each function returns HTML ---------------------------------------------------------
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1100px; margin: 2rem auto;
-       padding: 0 1rem; }
+:root { color-scheme: light dark; --page: #fff; --text: #1d2733; --faint: #5f6a76; --line: #dde2e8;
+        --box: #f5f7f9; --skill: #fdf1e2; --solved: #23683f; --failed: #a33f2f; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #14181d; --text: #e3e8ee; --faint: #9aa6b3; --line: #343d47; --box: #1d242b;
+          --skill: #43311c; --solved: #7fd0a0; --failed: #f0907f; }
+  img { background: #fff; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
+       max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; } img { max-width: 100%; }
+.wide { overflow-x: auto; } pre { overflow-x: auto; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left;
-       border-bottom: 1px solid #dde2e8; vertical-align: top; }
+       border-bottom: 1px solid var(--line); vertical-align: top; }
+summary { cursor: pointer; padding: .4rem 0; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
-.pair > div { background: #f5f7f9; border-radius: 8px; padding: .8rem 1rem;
-       overflow-wrap: anywhere; }
-.step { border-top: 1px solid #dde2e8; padding: .4rem 0; }
-.saw { color: #66717e; font-size: 13px; white-space: pre-wrap; }
+@media (max-width: 700px) { .pair { grid-template-columns: 1fr; } }
+.pair > div { background: var(--box); border-radius: 8px; padding: .8rem 1rem;
+       overflow-wrap: anywhere; min-width: 0; }
+.step { border-left: 6px solid; margin: .6rem 0; padding-left: .6rem; }
+.saw, .number { color: var(--faint); font-size: 13px; white-space: pre-wrap; }
 .said { font-family: ui-monospace, monospace; font-size: 13px; white-space: pre-wrap; }
-.skill { background: #fdf1e2; border-radius: 4px; padding: .1rem .4rem; }
-.solved { color: #2c7a4b; font-weight: 600; } .failed { color: #a33f2f; font-weight: 600; }
+.skill { background: var(--skill); border-radius: 4px; padding: .1rem .4rem; }
+.solved { color: var(--solved); font-weight: 600; }
+.failed { color: var(--failed); font-weight: 600; }
 mark { border-radius: 3px; padding: 0 2px; color: inherit; }
 """
+KEY = """<p>A green bar marks a step that was better than its peers (A &gt; 0), a red one a worse
+one; the stronger, the more. Orange is what L_int distills into the plain prompt, the stronger the
+larger its weight w.</p>"""
 SEEN_CHARS = 400  # of an observation on the page
 
 
@@ -187,7 +201,8 @@ def html_table(head, rows) -> str:
     """The cells of `rows` are HTML already."""
     lines = ["".join(f"<th>{escape(name)}</th>" for name in head)]
     lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-    return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table>{body}</table></div>'
 
 
 def skill_lives(root) -> str:
@@ -219,33 +234,50 @@ def response(step) -> str:
 
 
 def episode(record) -> str:
+    """One half of a game; the bar of a step is green where its advantage is positive, else red."""
     half = "Skill half" if record["skills"] else "Plain half"
     kind, end = ("solved", "solved") if record["success"] else ("failed", "not solved")
     parts = [f'<div><b>{half}</b>, <span class="{kind}">{end}</span>']
     parts += [f'<p class="skill">{escape(skill)}</p>' for skill in record["skills"]]
-    for step in record["steps"]:
-        parts.append(f'<div class="step"><div class="saw">{escape(step["saw"][:SEEN_CHARS])}</div>')
+    for t, step in enumerate(record["steps"], 1):
+        advantage = step["advantage"]
+        rgb = "44, 122, 75" if advantage > 0 else "190, 60, 45"
+        bar = f"border-color: rgba({rgb}, {min(1.0, abs(advantage) / 2):.2f})"
+        numbers = f"step {t}, A = {advantage:+.2f}, reward {step['reward']:g}"
+        parts.append(f'<div class="step" style="{bar}"><div class="number">{numbers}</div>')
+        parts.append(f'<div class="saw">{escape(step["saw"][:SEEN_CHARS])}</div>')
         parts.append(f'<div class="said">{response(step)}</div></div>')
     return "".join([*parts, "</div>"])
+
+
+def objective(line) -> str:
+    """The terms of the objective in an iteration, by its line of the log."""
+    names = {"policy": "L_GiGPO", "kl": "L_KL", "entropy": "H", "internalization": "L_int"}
+    names |= {"lambda": "λ", "loss": "L"}
+    return ", ".join(f"{names[x]} = {line[x]:.3g}" for x in names if line.get(x) is not None)
 
 
 def pairs(root, most=6) -> str:
     """Up to `most` games with both halves, over the whole run; if any, those that differ."""
     found = defaultdict(dict)
-    path = root / "episodes.jsonl"
+    path, log = root / "episodes.jsonl", root / "metrics.jsonl"
     names = "phase iteration group task success skills delta steps".split()
     for record in read_jsonl(path, names) if path.exists() else ():
         key = (record["phase"], record["iteration"], record["group"])
         found[key][bool(record["skills"])] = record
     games = [(x[True], x[False]) for x in found.values() if len(x) == 2]
     games = [game for game in games if game[0]["success"] != game[1]["success"]] or games
+    lines = read_jsonl(log, ["phase", "iteration"]) if games and log.exists() else []
+    terms = {(line["phase"], line["iteration"]): objective(line) for line in lines}
     parts = []
     for i in range(min(most, len(games))):
         skill, plain = games[i * len(games) // min(most, len(games))]
+        where = (skill["phase"], skill["iteration"])
         effect = "" if skill["delta"] is None else f", Δ_g = {skill['delta']:+.2f}"
-        parts.append(f"<h3>{escape(skill['phase'])} {skill['iteration']}{effect}</h3>")
-        parts.append(f"<p>{escape(skill['task'])}</p>")
-        parts.append(f'<div class="pair">{episode(skill)}{episode(plain)}</div>')
+        parts.append(f"<details{' open' * (i == 0)}><summary><b>{escape(where[0])} {where[1]}")
+        parts.append(f"{effect}</b> {escape(skill['task'])}</summary>")
+        parts.append(f'<p class="number">{escape(terms.get(where, ""))}</p>')
+        parts.append(f'<div class="pair">{episode(skill)}{episode(plain)}</div></details>')
     return "\n".join(parts) or "<p>No game of which both halves were written out.</p>"
 
 
@@ -258,11 +290,12 @@ def run_page(name, rows) -> str:
         "Evaluations": html_table(HEAD, [map(escape, cells_of(row)) for row in rows]),
         "Curves": f'<img alt="curves" src="data:image/png;base64,{image}">',
         "Skills and their lives": skill_lives(root),
-        "The same game with the skill and without": pairs(root),
+        "The same game with the skill and without": KEY + pairs(root),
         "Flags": f"<pre>{escape(json.dumps(saved_flags(root), indent=1))}</pre>",
     }
     body = "\n".join(f"<h2>{head}</h2>\n{html}" for head, html in sections.items())
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     return f"<!doctype html>\n<html lang=en>{head}\n<h1>{title}</h1>\n{body}\n</html>\n"
 
 
