@@ -82,7 +82,9 @@ class Config:
     max_steps: int = flag(50, "an episode ends, unsolved, after this many steps", at_least=1)
     history: int = flag(2, "past steps that a prompt repeats", fixed=True, at_least=0)
 
-    model: str = flag("Qwen/Qwen2.5-7B-Instruct", "folder or hub name", fixed=True, group="policy")
+    model: str = flag(  # free to move: a run knows its weights
+        "Qwen/Qwen2.5-7B-Instruct", "folder or hub name", free=True, group="policy"
+    )
     dtype: str = flag("bfloat16", "of the weights", fixed=True, choices=("float32", "bfloat16"))
     device: str = flag("", "cuda or cpu; empty: cuda when there is one", free=True)
     gradient_checkpointing: bool = flag(True, "recompute activations, to save memory", free=True)

@@ -31,34 +31,49 @@ def encode_prompts(tokenizer, prompts) -> list:
     Only the template makes control tokens. A message that spells one, such as <|im_end|>, is cut
     inside the spelling, and the parts are encoded on their own: it stays ordinary text.
     """
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pattern = "|".join(f"(?<={re.escape(x[0])}){re.escape(x[1:])}" for x in special if x[1:])
-    cut = re.compile(pattern or "(?!)", re.I)
-    texts = render(tokenizer, [cut.sub(lambda found: CUT + found[0], x) for x in prompts])
-    parts = [text.split(CUT) for text in texts]
+    if not prompts:
+        return []
+    for word in control_tokens(tokenizer):
+        spelled = re.compile(f"(?<={re.escape(word[0])}){re.escape(word[1:])}", re.I)
+        prompts = [spelled.sub(lambda found: CUT + found[0], prompt) for prompt in prompts]
+    parts = [text.split(CUT) for text in render(tokenizer, prompts)]
     flat = [part.encode(errors="replace").decode() for x in parts for part in x]
-    ids = iter(tokenizer(flat, add_special_tokens=False).input_ids if flat else [])
+    ids = iter(tokenizer(flat, add_special_tokens=False).input_ids)
     return [[token for _ in x for token in next(ids)] for x in parts]
 
 
-def render(tokenizer, prompts, answer=None) -> list[str]:
-    """User messages -> the chat as the template writes it, up to the assistant's turn, or with its
-    `answer`.
+def render(tokenizer, prompts, answer=None, start=True) -> list[str]:
+    """User messages -> the chat as the template writes it, with an assistant's `answer`, or with
+    the `start` of one.
     """
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     if answer is not None:
         chats = [[*chat, {"role": "assistant", "content": answer}] for chat in chats]
-    options = {"tokenize": False, "add_generation_prompt": answer is None}
+    options = {"tokenize": False, "add_generation_prompt": start and answer is None}
     options["date_string"] = "26 Jul 2024"  # Llama 3.2's own; else its prompts change every day
-    return tokenizer.apply_chat_template(chats, **options) if chats else []
+    return tokenizer.apply_chat_template(chats, **options)
+
+
+def control_tokens(tokenizer) -> dict[str, int]:
+    """Spelling -> id of the special tokens, and of what else the template writes as one token; not
+    the tags, which a prompt may name.
+    """
+    (written,) = render(tokenizer, [CUT], answer=CUT)
+    found = {}
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        word = token.content
+        if (token.special or word in written) and not re.fullmatch("</?(think|action)>", word):
+            found[word] = token_id
+    return found
 
 
 def opening(tokenizer) -> str:
     """What the template itself writes of a response: <think> in many reasoning models, or a thought
     that is empty; nothing in others.
     """
-    (text,) = render(tokenizer, [CUT])
-    found = re.search("<(think|action)>.*", text.rpartition(CUT)[2], re.S)
+    (before,), (whole,) = (render(tokenizer, [CUT], start=start) for start in (False, True))
+    written = whole[len(before) :] if whole.startswith(before) else ""
+    found = re.search("<(think|action)>.*", written, re.S)
     return found[0] if found else ""
 
 
@@ -70,8 +85,8 @@ def eos_ids(model, tokenizer) -> list:
     ids = ids if isinstance(ids, list) else [ids]
     (text,) = render(tokenizer, ["hello"], answer=CUT)
     after = tokenizer(text.rpartition(CUT)[2], add_special_tokens=False).input_ids
-    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-    written = next((token for token in after if token in special), None)
+    control = control_tokens(tokenizer).values()
+    written = next((token for token in after if token in control), None)
     return sorted({*ids, tokenizer.eos_token_id, written} - {None})
 
 

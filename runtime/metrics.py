@@ -76,7 +76,7 @@ def warnings(metrics, config, flat, first) -> list[str]:
             "raise --max_response_tokens, or look at the chat template and eos_token of --model"
         )
     gap = metrics.get("logprob_gap", 0.0)
-    if first and gap > GAP[config.dtype]:
+    if first and not gap <= GAP[config.dtype]:
         lines.append(
             f"sampler and trainer differ by {gap:.2g} nats a token, which is no rounding: look for "
             "what config.json of --model has and runtime/generation.py does not compute"

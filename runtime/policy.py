@@ -1,6 +1,7 @@
 """Loading a policy, its frozen reference and its optimizer."""
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,13 +23,24 @@ from transformers import logging as transformers_logging
 
 from config import Config, UserError
 from runtime import guard, parallel
-from runtime.generation import FAMILIES, render
+from runtime.generation import (
+    CUT,
+    FAMILIES,
+    Cache,
+    control_tokens,
+    encode_prompts,
+    eos_ids,
+    forward,
+    render,
+)
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 SHAPE = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
 SHAPE = (*SHAPE.split(), "vocab_size", "tie_word_embeddings")
+READ = "model_type hidden_act rms_norm_eps rope_parameters layer_types sliding_window".split()
+READ += ["num_attention_heads", "num_key_value_heads"]  # what changes a model of equal weights
 SHAPES = {  # Qwen2.5 with random weights, to measure without a download
     "qwen2.5-7b-shape": dict(zip(SHAPE, (3584, 18944, 28, 28, 4, 152064, False), strict=True)),
     "qwen2.5-1.5b-shape": dict(zip(SHAPE, (1536, 8960, 28, 12, 2, 151936, True), strict=True)),
@@ -39,6 +51,7 @@ SHIPPED = {  # folders of this project
     "tiny-household": "tiny/policy_household",
     "tiny-alfworld": "tiny/policy_alfworld",
 }
+LARGEST_GAP = {torch.float32: 1e-2, torch.bfloat16: 1.0}  # nats, of any token: far above rounding
 BUILT = {  # models that a command writes; each script knows them by these names
     "smollm2": "runs/smollm2-base"  # make smollm2
 }
@@ -85,14 +98,18 @@ def load_policy(path, config: Config, device, trainable=True) -> tuple:
             model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
     else:
         options = {"trust_remote_code": False}  # no code of a folder runs
-        check_shape(path, read(path, AutoConfig.from_pretrained, path, **options), config)
-        options |= {"dtype": dtype, "output_loading_info": True}
+        shape = read(path, AutoConfig.from_pretrained, path, **options)
+        check_shape(path, shape, config)
+        shape.return_dict, shape.output_attentions, shape.output_hidden_states = True, False, False
+        options |= {"config": shape, "dtype": dtype, "attn_implementation": "sdpa"}
+        options |= {"output_loading_info": True}
         model, info = read(path, AutoModelForCausalLM.from_pretrained, path, **options)
         check_whole(path, model, tokenizer, info)
         model = model.to(device)
     for module in model.modules():  # ratios start at exactly 1: no dropout, in training either
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
+    check_sampler(path, model, tokenizer)
     model.requires_grad_(trainable)
     if trainable and config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.23
@@ -110,7 +127,7 @@ def read(path, reader, *args, **options):
     except Exception as error:
         if guard.is_out_of_memory(error):
             raise
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error).split())[:300]
         remedy = "give a local folder or a hub name"
         raise UserError(f"--model {path}: cannot be loaded ({reason}); {remedy}") from None
 
@@ -127,10 +144,12 @@ def check_shape(path, shape, config):
         known = f"knows {shape.max_position_embeddings} positions"
         raise UserError(f"--model {path} {known}; lower {lengths}")
     kinds = set(getattr(shape, "layer_types", None) or []) - {"full_attention"}
-    window = shape.sliding_window if kinds == {"sliding_attention"} else 0
-    if kinds and longest > window:
-        seen = f"has layers of {', '.join(sorted(kinds))} over {window} tokens"
+    window = getattr(shape, "sliding_window", 0) if kinds == {"sliding_attention"} else 0
+    if kinds and longest > (window or 0):
+        seen = f"has layers of {', '.join(sorted(kinds))} over {window or 0} tokens"
         raise UserError(f"--model {path} {seen}, the sampler reads all; lower {lengths}")
+    if (rope := (shape.rope_parameters or {}).get("rope_type")) == "longrope":
+        raise UserError(f"--model {path} has {rope}, which changes with the length: not supported")
 
 
 def check_tokenizer(path, tokenizer):
@@ -138,13 +157,35 @@ def check_tokenizer(path, tokenizer):
     if not tokenizer.chat_template:
         remedy = "use an instruct model, or give it a chat_template.jinja"
         raise UserError(f"--model {path}: its tokenizer has no chat template; {remedy}")
+    (text,) = read(path, render, tokenizer, [CUT])
+    if text.count(CUT) != 1:
+        raise UserError(f"--model {path}: its chat template does not write a user's message once")
+    ids = tokenizer(text.replace(CUT, "hello"), add_special_tokens=False).input_ids
+    for word, token in read(path, control_tokens, tokenizer).items():
+        if ids.count(token) != text.count(word):
+            raise UserError(f"--model {path}: its tokenizer does not read {word} as one token")
+    if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        raise UserError(f"--model {path}: its tokenizer is random; set dropout to null in it")
     text = "<think>I don 't know .</think><action>click[B < prev]</action>"
-    again = tokenizer.decode(
-        tokenizer(text, add_special_tokens=False).input_ids, skip_special_tokens=True
-    )
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    again = tokenizer.decode(ids, skip_special_tokens=True)
     if again.strip() != text:
         raise UserError(f"--model {path}: its tokenizer reads {text!r} as {again!r}")
-    read(path, render, tokenizer, ["hello"], answer="hello")  # a template may refuse it
+
+
+@torch.no_grad()
+def check_sampler(path, model, tokenizer):
+    """UserError where `generate` and the model itself read a short text differently, or cannot."""
+    read(path, eos_ids, model, tokenizer)
+    ids = torch.tensor(encode_prompts(tokenizer, ["hello"]), device=model.device)  # [1, T]
+    last = torch.tensor([ids.shape[1] - 1], device=model.device)
+    cache = read(path, Cache, model, 1, ids.shape[1], graphs=False)
+    sampled = read(path, forward, model.eval(), ids, last * 0, last, cache).float()  # [1, V]
+    trained = read(path, model, input_ids=ids, use_cache=False).logits[:, -1].float()
+    gap = (sampled.log_softmax(-1) - trained.log_softmax(-1)).abs().max().item()
+    if not gap < LARGEST_GAP[model.dtype]:
+        what = "what its config.json has is not what runtime/generation.py computes"
+        raise UserError(f"--model {path}: sampler and trainer differ by {gap:.2g} nats: {what}")
 
 
 def check_whole(path, model, tokenizer, info):
@@ -172,11 +213,15 @@ def load_reference(config: Config, device):
 
 
 def digest_weights(model) -> str:
-    """SHA-256 of the weights in memory, wherever they lie: about a second a gigabyte."""
-    found = hashlib.sha256()
-    for parameter in model.parameters():
+    """SHA-256 of the weights in memory, wherever they lie, and of what the config makes of them:
+    about a second a gigabyte.
+    """
+    shape = {name: getattr(model.config, name, None) for name in READ}
+    found = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
         whole = parallel.full_tensors(parameter.detach())  # one at a time; rank 0 has it
         if parallel.rank() == 0:
+            found.update(f"{name} {list(whole.shape)}".encode())
             found.update(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return parallel.by_one(found.hexdigest)
 

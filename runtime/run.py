@@ -348,15 +348,15 @@ class Run:
             return
         path = self.root / "metrics.jsonl"
         log = [x for x in read_jsonl(path) if x["phase"] == self.phase] if path.exists() else []
-        lines = {"phase": self.phase, "iterations": len(log)}
+        lines = {"phase": self.phase}
         if log:
             tokens = sum(x["sampled_tokens"] for x in log)
             lost = sum(x["sampled_tokens"] * x.get("taught_nothing", 0) for x in log)
-            lines |= {
-                "episodes": log[-1]["episodes_so_far"],
-                "success": f"{log[-1]['success']:.3f}",
-            }
-            lines |= {"sampled_tokens": tokens, "taught_nothing": f"{lost / tokens:.3f}"}
+            last = {"success": math.nan, "episodes_so_far": 0} | log[-1]
+            lines |= {"iteration": last["iteration"], "success": f"{last['success']:.3f}"}
+            lines |= {"episodes_so_far": last["episodes_so_far"]}
+            lines |= {"sampled_tokens_so_far": self.spent["sampled_tokens"]}
+            lines |= {"taught_nothing": f"{lost / max(1, tokens):.3f}"}
         after = dict(zip(PHASES, (*PHASES[1:], "evaluate"), strict=True))[self.phase]
         lines |= more | {"model": f"{self.folder}/model"}
         lines |= {"next": f"python {after}.py --run {self.config.run}"}

@@ -273,9 +273,9 @@ class Watched:
         lost = sum(len(s.response_ids) for s in lost)  # of the last iteration
         assert self.line["taught_nothing"] == pytest.approx(lost / self.line["sampled_tokens"])
         share = sum(x["taught_nothing"] * x["sampled_tokens"] for x in log) / tokens
-        lines = [f"phase: {phase}", f"iterations: {len(log)}"]
-        lines += [f"episodes: {self.line['episodes_so_far']}"]
-        lines += [f"success: {self.line['success']:.3f}", f"sampled_tokens: {tokens}"]
+        lines = [f"phase: {phase}", f"iteration: {len(log)}"]
+        lines += [f"success: {self.line['success']:.3f}"]
+        lines += [f"{x}: {self.line[x]}" for x in ("episodes_so_far", "sampled_tokens_so_far")]
         lines += [f"taught_nothing: {share:.3f}", more, f"model: runs/t/{phase}/model"]
         return [*lines, f"next: python {after}.py --run t"]
 

@@ -11,6 +11,7 @@ from conftest import call, tiny_config
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 import envs
@@ -18,7 +19,7 @@ import mine
 import warmup
 from common import find_action_tokens, open_groups, rl_rows, rollout, update
 from config import Config, UserError
-from runtime.generation import encode_prompts, eos_ids, opening
+from runtime.generation import control_tokens, encode_prompts, eos_ids, opening
 from runtime.metrics import warnings
 from runtime.policy import Policy, load_policy, local_path, make_optimizer
 from skills import SkillBank, parse_skill
@@ -72,6 +73,32 @@ def longer_vocabulary(folder):
     model.save_pretrained(folder)
 
 
+def not_special(folder):
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"special": true', '"special": false'))
+
+
+def not_a_number(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def in_tokenizer(folder, **values):
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["model"] |= values
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
+LONGEST = 1024 + 64  # tokens of a row, by the preset's flags
+
+
+def windows(size):
+    kinds = ["full_attention"] + ["sliding_attention"] * 3
+    window = {"sliding_window": size, "use_sliding_window": True, "max_window_layers": 1}
+    return window | {"layer_types": kinds}
+
+
 def rope(kind, **values):
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **values}}
 
@@ -101,19 +128,17 @@ HONOURED = {
     ),
     "a template that strips": lambda f: say(f, TEMPLATE.replace("'] }}<", "'] | trim }}<")),
     "attention_dropout": lambda f: change(f, attention_dropout=0.5),
-    "a window longer than any row": lambda f: change(
-        f,
-        use_sliding_window=True,
-        sliding_window=2048,
-        max_window_layers=1,
-        layer_types=["full_attention"] + ["sliding_attention"] * 3,
-    ),
+    "a window as long as a row": lambda f: change(f, **windows(LONGEST)),
+    "as many positions as a row has": lambda f: change(f, max_position_embeddings=LONGEST),
     "linear rope": lambda f: change(f, **rope("linear", factor=2.0)),
     "dynamic rope": lambda f: change(f, **rope("dynamic", factor=2.0)),
     "yarn": lambda f: change(f, **rope("yarn", **YARN)),
     "llama3 rope": lambda f: change(f, **rope("llama3", **LLAMA3)),
     "rope_theta of an older config": lambda f: change(f, rope_parameters=None, rope_theta=1e6),
-    "eager attention": lambda f: change(f, attn_implementation="eager"),
+    "another attention": lambda f: change(f, attn_implementation="flex_attention"),
+    "more outputs": lambda f: change(f, output_attentions=True, output_hidden_states=True),
+    "outputs as a tuple": lambda f: change(f, return_dict=False),
+    "turns of tokens that are not special": not_special,
     "bfloat16 on the disk": lambda f: as_dtype(f, torch.bfloat16),
     "float16 on the disk": lambda f: as_dtype(f, torch.float16),
     "weights in parts": in_parts,
@@ -157,18 +182,60 @@ def test_the_sampler_and_the_trainer_agree_whatever_is_honoured(folder, games, c
 
 REFUSED = {
     "a window shorter than a row": (
-        lambda f: change(
-            f,
-            use_sliding_window=True,
-            sliding_window=64,
-            max_window_layers=1,
-            layer_types=["full_attention"] + ["sliding_attention"] * 3,
-        ),
-        "layers of sliding_attention over 64 tokens",
+        lambda f: change(f, **windows(LONGEST - 1)),
+        "layers of sliding_attention over 1087 tokens",
+    ),
+    "a window of no length": (
+        lambda f: change(f, **windows(None)),
+        "layers of sliding_attention over 0 tokens",
+    ),
+    "a Llama with windows": (
+        lambda f: (made(f, LlamaConfig(**SHAPE)), change(f, layer_types=["sliding_attention"] * 2)),
+        "layers of sliding_attention over 0 tokens",
+    ),
+    "fewer positions than a row has": (
+        lambda f: change(f, max_position_embeddings=LONGEST - 1),
+        "knows 1087 positions",
+    ),
+    "longrope": (
+        lambda f: change(f, **rope("longrope", short_factor=[1.0] * 16, long_factor=[4.0] * 16)),
+        "has longrope",
+    ),
+    "attention to what comes later": (
+        lambda f: change(f, is_causal=False),
+        "sampler and trainer differ by",
+    ),
+    "weights that are no numbers": (not_a_number, "sampler and trainer differ by nan"),
+    "key heads that do not divide the heads": (
+        lambda f: change(f, num_key_value_heads=3),
+        "--model",
+    ),
+    "an end that is no number": (
+        lambda f: change(f, "generation_config.json", eos_token_id="2"),
+        "cannot be loaded",
+    ),
+    "a template without the user's text": (
+        lambda f: say(f, TEMPLATE.replace("{{ m['content'] }}", "")),
+        "does not write a user's message once",
+    ),
+    "a template for content in parts": (
+        lambda f: say(f, TEMPLATE.replace("m['content']", "m['content'][0]['text']")),
+        "does not write a user's message once",
+    ),
+    "a template that quotes": (
+        lambda f: say(f, TEMPLATE.replace("'] }}<", "'] | urlencode }}<")),
+        "cannot be loaded",
+    ),
+    "a tokenizer that splits its own tokens": (
+        lambda f: change(f, "tokenizer_config.json", split_special_tokens=True),
+        "does not read <|im_start|> as one token",
+    ),
+    "a tokenizer that drops merges": (
+        lambda f: in_tokenizer(f, dropout=0.3),
+        "its tokenizer is random",
     ),
     "another family": (lambda f: change(f, model_type="phi3"), "is a phi3"),
     "no model_type": (lambda f: change(f, model_type="none"), "cannot be loaded"),
-    "few positions": (lambda f: change(f, max_position_embeddings=512), "knows 512 positions"),
     "no chat template": (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template"),
     "a template of no jinja": (lambda f: say(f, "{% if %}"), "cannot be loaded"),
     "a template that refuses users": (
@@ -246,9 +313,7 @@ def test_what_the_sampler_does_not_know_is_said_in_the_first_iteration(
     folder, games, tmp_path, monkeypatch, capsys
 ):
     """A window of 64 went unnoticed at a gap of 0.8; the same for whatever else may differ."""
-    layers = ["full_attention"] + ["sliding_attention"] * 3
-    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
-    change(folder, **window, layer_types=layers)
+    change(folder, **windows(64))
     monkeypatch.setattr("runtime.policy.check_shape", lambda *args: None)
     monkeypatch.chdir(tmp_path)
     flags = f"--preset tiny-household --data {games} --model {folder} --tasks 1 --max_steps 3 "
@@ -314,7 +379,11 @@ def test_what_the_template_writes_of_a_response_counts(
 
 def test_a_summary_may_come_after_a_thought():
     skill = '{"condition": "it is dark", "strategy": "use a lamp"}'
-    for text in (f"<think>so {{}}</think>\n{skill}", f"so</think>```json\n{skill}\n```"):
+    for text in (
+        f"<think>a</think> b </think>{skill}",
+        f"<think>so {{}}</think>\n{skill}",
+        f"so</think>```json\n{skill}\n```",
+    ):
         assert parse_skill(text) == ("it is dark", "use a lamp")
     assert parse_skill(f"<think>so {skill}") is None
     assert parse_skill(f"{skill}</think>") is None
@@ -352,6 +421,27 @@ SPELLED = [
     "x<|endoftext|>",
     "half a pair \ud83d, and \ud800<|im_end|>",
 ]
+
+
+def test_control_tokens_are_those_of_the_template_whatever_they_are_called(folder, games):
+    """Published models have <|im_start|> as an added token that is not "special"."""
+    not_special(folder)
+    _, tokenizer = load_policy(folder, tiny_config(games), "cpu")
+    assert control_tokens(tokenizer) == {"<|im_start|>": 1, "<|im_end|>": 2, "<|endoftext|>": 0}
+    (ids,) = encode_prompts(tokenizer, ["x<|im_end|>\n<|im_start|>system"])
+    assert [i for i in ids if i <= 2] == [1, 2, 1]
+    tokenizer.add_tokens([AddedToken(x, special=True) for x in ("<|a|>", "|>b")])
+    a, b = tokenizer.convert_tokens_to_ids(["<|a|>", "|>b"])
+    (ids,) = encode_prompts(tokenizer, ["<|a|>b <|a|> |>b"])  # they overlap
+    assert not {a, b} & set(ids)
+
+
+def test_a_prompt_that_speaks_of_the_tags_begins_no_response(folder, games):
+    """A template's reminder of <think> counted as part of every response."""
+    remind = "{{ m['content'] }}\nFirst <think></think>, then <action></action>."
+    say(folder, TEMPLATE.replace("{{ m['content'] }}", remind))
+    _, tokenizer = load_policy(folder, tiny_config(games), "cpu")
+    assert opening(tokenizer) == ""
 
 
 @pytest.mark.parametrize("text", SPELLED)
