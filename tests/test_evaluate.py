@@ -358,7 +358,9 @@ def test_an_outcome_is_what_the_episode_did(policy, config, monkeypatch):
         return [first, second, third]
 
     monkeypatch.setattr(evaluate, "rollout", play)
-    outcomes = evaluate.evaluate(policy, config, items, 0.4, 0)
+    bank = SkillBank(config, [Skill("it is dark", "use a lamp", kinds[0], status="active")])
+    outcomes = evaluate.evaluate(policy, config, items, 0.4, 0, bank)
+    assert any(s.plain_ids != s.prompt_ids for e in played for s in e.steps)  # a skill was shown
     tokens = [outcome.pop("tokens") for outcome in outcomes]
     found = [tuple(outcome.values()) for outcome in outcomes]
     did = [(False, 0.0, 4), (False, 0.0, 3), (True, 0.25, 4)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from config import UserError
+from envs import build_mining_prompt
 from mine import write_summaries
 from runtime.policy import Policy, load_policy
 from skills import parse_skill
@@ -120,3 +121,6 @@ def test_the_shops_demonstrator_writes_what_its_lessons_taught(demonstrator, pol
             re.findall(r"the (\w+)", wanted[1])
         )
     assert parse_skill(writer.write("hello")) is None
+    seen = ("a page did: click[red]", "click[mint]"), ("a page", "click[buy now]")
+    request = build_mining_prompt("a soap", "beauty", seen, (), 99, "webshop")
+    assert "the scent of" in writer.write(request) and "color" not in writer.write(request)

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import statistics
 import time
+from pathlib import Path
 from threading import Barrier
 from types import SimpleNamespace
 
@@ -208,7 +209,9 @@ def test_without_warmup_mining_begins_with_the_initial_policy():
     assert "--tasks 8 --seed 1" in mine["flags"] and "--without warmup" in mine["flags"]
 
 
-TOKENS = {"results": {"all": {"tokens": 1234.4}}}
+def tokens_of(run):
+    """More of them in the runs of a later seed."""
+    return {"results": {"all": {"tokens": 1000.4 + 100 * int(run[-1])}}}
 
 
 @pytest.fixture
@@ -229,7 +232,7 @@ def scripts(tmp_path, monkeypatch):
         out.parent.mkdir(parents=True, exist_ok=True)
         iteration = None if "init" in words else reached[run]
         solved = {f"i{k}": k < (iteration or 0) for k in range(6)}
-        out.write_text(json.dumps({"iteration": iteration, "items": solved} | TOKENS))
+        out.write_text(json.dumps({"iteration": iteration, "items": solved} | tokens_of(run)))
 
     monkeypatch.setattr(study, "command", command)
     return SimpleNamespace(said=said, reached=reached, root=tmp_path)
@@ -344,7 +347,7 @@ def test_a_study_keeps_each_stage_with_its_own_episodes_and_explains_phases_1_an
     assert curves["no-warmup"]["1"] == [[0, 0, 6], [192, 3, 6], [320, 2, 6], [448, 4, 6]]
     explained = kept["n"]["explained"]["siri"]
     expected = {"first_success": 1.0, "first_contrast": 0.1, "active": 0.57143, "no_contrast": 0.5}
-    assert explained == pytest.approx(expected | {"tokens": 1234})
+    assert explained == pytest.approx(expected | {"tokens": 1100})
 
 
 def test_a_later_call_adds_its_seeds_to_the_study_of_that_name(scripts, monkeypatch):
@@ -365,12 +368,18 @@ def test_a_later_call_adds_its_seeds_to_the_study_of_that_name(scripts, monkeypa
         kept = read_json("results/study.json")["n"]
         assert [list(x) for x in kept["variants"].values()] == 2 * [["1", "2"][: int(seed)]]
         assert bool(kept["explained"]["siri"]) == (seed == "1")
+        if seed == "1":
+            assert kept["explained"]["siri"]["tokens"] == 1100
         joined = study.collect(args, copy.deepcopy(other))  # another variant's stay as they were
         assert all(joined[name]["no-kl"] == other[name]["no-kl"] for name in other)
         shutil.rmtree("runs")
     assert kept["title"] == "two seeds" and "| two seeds | SIRI | 2 |" in said
     with pytest.raises(UserError, match="n was begun with --points 2, not 1"):
         study.run_study(plan(points=1))
+    shutil.rmtree("runs", ignore_errors=True)
+    Path("results/study.json").rename("other.json")
+    with pytest.raises(UserError, match="n was begun with --points 2, not 1"):
+        study.run_study(plan(points=1, results="other.json"))
 
 
 def test_the_recorded_commands_can_be_read():

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sys
+import types
 
 import pytest
 import torch
@@ -302,6 +303,14 @@ def test_a_policy_that_acts_without_thinking_is_taught_the_same_actions(world):
             assert act == "<think></think>" + thought.split("</think>")[1]
             assert thought != act
     assert 0 < summaries < 100
+
+
+def test_a_thought_of_several_lines_goes_as_a_whole(monkeypatch):
+    pairs = [("p", "<think>a\nb</think><action>c</action>")]
+    teacher = types.SimpleNamespace(lessons=lambda count, seed, **chosen: pairs)
+    monkeypatch.setitem(imitate.TEACHERS, "alfworld", teacher)
+    silent = imitate.draw(Lessons(thoughts=False), 1, seed=4)
+    assert silent == [("p", "<think></think><action>c</action>")]
 
 
 # --- the shipped policies -------------------------------------------------------------------------
