@@ -212,7 +212,7 @@ def load_reference(config: Config, device):
     return load_policy(config.model, config, device, trainable=False)[0]
 
 
-def digest_weights(model) -> str:
+def digest_policy(model) -> str:
     """SHA-256 of the weights in memory, wherever they lie, and of what the config makes of them:
     about a second a gigabyte.
     """

@@ -9,7 +9,7 @@
 | lock             | which process has the run: a second one is refused                          |
 
 The later phases take the flags of the run's first phase as their defaults (runtime/flags.py). A
-save knows its phase, its tasks with all that is in them, and the initial weights: where one of them
+save knows its phase, its tasks with all that is in them, and the initial policy: where one of them
 is another now, the run does not go on.
 """
 
@@ -42,7 +42,7 @@ from config import PHASES, Config, UserError, has, read_jsonl, remedy_of, write_
 from runtime import guard, memory, parallel, saves
 from runtime.flags import known_flags, other_value
 from runtime.metrics import warnings
-from runtime.policy import Policy, digest_weights, load_policy, load_reference, make_optimizer
+from runtime.policy import Policy, digest_policy, load_policy, load_reference, make_optimizer
 from skills import group_deltas
 
 
@@ -165,7 +165,7 @@ class Run:
         model, tokenizer = load_policy(path, config, self.device)
         reference = load_reference(config, self.device)  # pi_ref, the same in all phases
         initial = reference or (None if self.source else model)  # None: it was not loaded
-        weights = digest_weights(initial) if initial else None
+        weights = digest_policy(initial) if initial else None
         self.keep("model", weights, f"the weights of --model {config.model}")
         saved = self.state.pop("optimizer", None)
         optimizer = make_optimizer(model, config.lr, offload=config.offload, saved=saved)

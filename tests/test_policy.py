@@ -12,7 +12,7 @@ from config import UserError
 from runtime.policy import (
     SHAPES,
     Policy,
-    digest_weights,
+    digest_policy,
     load_policy,
     load_reference,
     make_optimizer,
@@ -109,22 +109,27 @@ def test_the_digest_is_of_every_bit_of_the_weights_and_of_nothing_else(config, t
     """Not of the folder, nor of how it is written: a hub's files have other names than ours."""
     config.dtype = dtype
     model, tokenizer = load_policy("tiny-household", config, "cpu")
-    known = digest_weights(model)
+    known = digest_policy(model)
     model.save_pretrained(tmp_path, max_shard_size="1MB")
     tokenizer.save_pretrained(tmp_path)
-    assert digest_weights(load_policy(tmp_path, config, "cpu", trainable=False)[0]) == known
+    assert digest_policy(load_policy(tmp_path, config, "cpu", trainable=False)[0]) == known
     for parameter in (*list(model.parameters())[::7], list(model.parameters())[-1]):
         bits = parameter.detach().view(torch.uint8).view(-1)
         bits[-1] ^= 1
-        assert digest_weights(model) != known
+        assert digest_policy(model) != known
         bits[-1] ^= 1
-    assert digest_weights(model) == known
+    assert digest_policy(model) == known
+    for name, value in (("rope_parameters", {"rope_theta": 5e5}), ("rms_norm_eps", 1e-5)):
+        before = getattr(model.config, name)
+        setattr(model.config, name, value)  # other log-probs by the same weights
+        assert digest_policy(model) != known
+        setattr(model.config, name, before)
     a, b = (layer.input_layernorm.weight.detach() for layer in model.model.layers[:2])
     a += 1
-    changed = digest_weights(model)
+    changed = digest_policy(model)
     a -= 1
     b += 1
-    assert digest_weights(model) not in (known, changed)  # it knows which weight is which
+    assert digest_policy(model) not in (known, changed)  # it knows which weight is which
 
 
 def test_a_shape_has_the_same_weights_each_time(config, monkeypatch):
@@ -133,7 +138,7 @@ def test_a_shape_has_the_same_weights_each_time(config, monkeypatch):
     small |= {"num_hidden_layers": 1, "vocab_size": 900}
     monkeypatch.setitem(SHAPES, "small", small)
     config.model = "small"
-    first = digest_weights(load_policy("small", config, "cpu")[0])
-    assert digest_weights(load_reference(config, "cpu")) == first
+    first = digest_policy(load_policy("small", config, "cpu")[0])
+    assert digest_policy(load_reference(config, "cpu")) == first
     config.seed += 1
-    assert digest_weights(load_reference(config, "cpu")) != first
+    assert digest_policy(load_reference(config, "cpu")) != first

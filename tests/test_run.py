@@ -232,6 +232,19 @@ def test_a_reference_that_changed_since_the_run_began_is_refused(kept):
             call(script, more)
 
 
+def test_a_model_folder_may_move_but_not_mean_something_else(kept):
+    Path("first").rename("second")
+    call(mine, "--run t --mine_iterations 1 --model second")
+    settings = Path("second/config.json")
+    text = settings.read_text()
+    settings.write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 500.0'))
+    assert settings.read_text() != text
+    with pytest.raises(UserError, match="the weights of --model second are not those that"):
+        call(distill, "--run t --distill_iterations 1 --model second")
+    settings.write_text(text)
+    call(distill, "--run t --distill_iterations 1 --model second")
+
+
 def test_without_a_kl_no_reference_is_needed_and_what_it_was_stays_known(kept):
     _, path = kept
     path.rename("elsewhere")
@@ -630,7 +643,7 @@ def test_lines_after_the_save_are_dropped_and_the_rest_counted(run, capsys):
     (run.root / "episodes.jsonl").write_text(line("mine", 2) + line("mine", 3) + '{"phase": "mi')
     run.drop_lines_after(2)
     assert [x["iteration"] for x in logged("tiny-household")] == [9, 1, 2]
-    assert run.spent == counts(24, 30)
+    assert run.spent == {"episodes": 24, "sampled_tokens": 30}
     assert (run.root / "episodes.jsonl").read_text() == line("mine", 2)
     assert "episodes.jsonl: lines [3] were damaged and are dropped" in capsys.readouterr().out
     path.write_text(line("mine", 0) + line("lunch", 1) + line("mine", 1, episodes=-1) + "\n[]\n")

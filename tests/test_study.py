@@ -348,6 +348,12 @@ def test_a_study_keeps_each_stage_with_its_own_episodes_and_explains_phases_1_an
     explained = kept["n"]["explained"]["siri"]
     expected = {"first_success": 1.0, "first_contrast": 0.1, "active": 0.57143, "no_contrast": 0.5}
     assert explained == pytest.approx(expected | {"tokens": 1100})
+    for folder in list((scripts.root / "runs").glob("*-s1")):
+        shutil.copytree(folder, str(folder)[:-1] + "2")
+    last = scripts.root / "runs/n-siri-s2/study-distill-4.json"
+    last.write_text(json.dumps(read_json(last) | tokens_of("s2")))
+    found = study.collect(plan(variants=["siri"], seeds=["1", "2"]), {})["explained"]
+    assert found["siri"]["tokens"] == 1150  # the mean of 1,100.4 and 1,200.4
 
 
 def test_a_later_call_adds_its_seeds_to_the_study_of_that_name(scripts, monkeypatch):

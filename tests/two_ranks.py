@@ -13,7 +13,7 @@ from common import update
 from config import PRESETS, Config
 from runtime import parallel
 from runtime.generation import generate
-from runtime.policy import Policy, digest_weights, load_policy, load_reference, make_optimizer
+from runtime.policy import Policy, digest_policy, load_policy, load_reference, make_optimizer
 from runtime.run import set_up
 
 
@@ -32,7 +32,7 @@ def main(source, target):
         lambda *_: gradients.update({n: p.grad for n, p in model.named_parameters()})
     )
     metrics = update(policy, rows, config, 1, lambda_=0.1)
-    metrics["reference"] = digest_weights(reference)
+    metrics["reference"] = digest_policy(reference)
     gradients = parallel.full_tensors(gradients)
     weights = parallel.full_tensors(model.state_dict())
     # the rollout after the step must see the moved weights
