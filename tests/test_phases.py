@@ -172,5 +172,5 @@ def test_phases_in_the_wrong_order_name_the_script_to_run(games, tmp_path, monke
 def test_a_run_folder_keeps_its_config(finished, games):
     with pytest.raises(UserError, match="made with --lr"):
         call(warmup, f"--run t {HOUSEHOLD} --data {games} --lr 0.5")
-    with pytest.raises(UserError, match="made with --model"):
-        call(mine, "--run t --model other/model")
+    with pytest.raises(UserError, match="made with --dtype"):
+        call(mine, "--run t --dtype bfloat16")
