@@ -27,6 +27,7 @@ from config import UserError
 from runtime import guard, parallel
 from runtime.generation import Cache, encode_prompts, generate, opening
 from runtime.memory import LOGITS
+from runtime.metrics import NO_ADVANTAGE
 from skills import Skill
 from worlds import Observation
 
@@ -395,7 +396,7 @@ def rl_rows(episodes, advantages) -> list[Row]:
         Row(step.prompt_ids, step.response_ids, float(advantage), step.logprobs)
         for episode, step_advantages in zip(episodes, advantages, strict=True)
         for step, advantage in zip(episode.steps, step_advantages, strict=True)
-        if abs(advantage) > 1e-8
+        if abs(advantage) > NO_ADVANTAGE
     ]
 
 

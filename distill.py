@@ -43,6 +43,7 @@ def internalization_rows(episodes, advantages, deltas, tokenizer, config) -> lis
     the clip. Steps with A <= 0 have weight 0, but count among the gated tokens.
     """
     sigma_A = 1.0 if config.normalize_std else SUCCESS_REWARD
+    begun = opening(tokenizer)
     rows = []
     for episode, step_advantages in zip(episodes, advantages, strict=True):
         if not episode.skills:  # gate (a): the episode used a skill
@@ -50,7 +51,6 @@ def internalization_rows(episodes, advantages, deltas, tokenizer, config) -> lis
         if deltas.get(episode.group, 0.0) <= 0 and "gate" not in config.without:  # gate (b)
             continue
         for step, advantage in zip(episode.steps, step_advantages, strict=True):
-            begun = opening(tokenizer)
             gate = find_action_tokens(tokenizer, step.response_ids, begun)  # gate (c)
             if "action_mask" in config.without:
                 gate = [True] * len(step.response_ids)

@@ -5,6 +5,7 @@ from collections import defaultdict
 import numpy as np
 
 GAP = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token, more than rounding makes of it
+NO_ADVANTAGE = 1e-8  # a step with no more than this is not trained
 FLAT = 3  # iterations in a row without contrast, after which a line says so
 
 
@@ -29,7 +30,7 @@ def rollout_metrics(episodes, advantages, config, deltas=None) -> dict:
         len(s.response_ids)
         for e, own in zip(episodes, advantages, strict=True)
         for s, advantage in zip(e.steps, own, strict=True)
-        if abs(advantage) <= 1e-8  # as in common.rl_rows
+        if abs(advantage) <= NO_ADVANTAGE
     )
     metrics = {
         "episodes": len(episodes),

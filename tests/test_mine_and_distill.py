@@ -168,8 +168,9 @@ def test_neither_the_plain_half_nor_a_useless_skill_is_internalized(
     assert len(second) == sum(len(e.steps) for e in paired_episodes[4:6]) > 0
     plain = [dataclasses.replace(e, skills=[]) for e in paired_episodes]
     assert not internalized(plain, policy, config, first=1.0, second=1.0)
+    advantages = [np.ones(len(e.steps)) for e in paired_episodes]
     unpaired = distill.internalization_rows(
-        paired_episodes, [np.ones(len(e.steps)) for e in paired_episodes], {}, None, config
+        paired_episodes, advantages, {}, policy.tokenizer, config
     )
     assert not unpaired
 

@@ -76,10 +76,10 @@ def describe(variant) -> tuple[str, str, str]:
     ablation = name.removeprefix("no-")
     if name not in (*VARIANTS, *(f"no-{x}" for x in ABLATIONS)):
         raise UserError(f"--variants {variant}: choose of {KNOWN}")
-    flags = ("", f"--without {ablation}")
-    flags = flags if ablation in IN_PHASE_2 else flags[::-1]
-    title, *flags = VARIANTS.get(name, (f"without {ablation.replace('_', ' ')}", *flags))
-    return (f"{title}, evaluated with its skills" if kept else title, *flags)
+    title, flag = f"without {ablation.replace('_', ' ')}", f"--without {ablation}"
+    line = (title, "", flag) if ablation in IN_PHASE_2 else (title, flag, "")
+    title, both, later = VARIANTS.get(name, line)
+    return (f"{title}, evaluated with its skills" if kept else title, both, later)
 
 
 # --- Running --------------------------------------------------------------------------------------
