@@ -421,14 +421,16 @@ def peak_memory() -> int:
 
 
 def choose_shown(episodes, seed) -> list[int]:
-    """The indices of two episodes of one random group, one of each half where it has two."""
+    """The indices of two episodes of one random group: one of each half, where a group has two."""
     rng = random.Random(seed)
-    group = rng.choice(episodes).group
+    halves = {(e.group, bool(e.skills)) for e in episodes}
+    paired = [e.group for e in episodes if {(e.group, True), (e.group, False)} <= halves]
+    group = rng.choice(paired or [e.group for e in episodes])
     members = [i for i, e in enumerate(episodes) if e.group == group]
     rng.shuffle(members)
     skill_half = [i for i in members if episodes[i].skills]
     plain_half = [i for i in members if not episodes[i].skills]
-    return skill_half[:1] + plain_half[:1] if skill_half and plain_half else members[:2]
+    return skill_half[:1] + plain_half[:1] if paired else members[:2]
 
 
 def readable(episode, advantages, deltas) -> dict:

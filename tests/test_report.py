@@ -139,7 +139,7 @@ def test_each_evaluation_stands_with_its_checkpoint_episodes_and_panel(runs, cap
         evaluated(folder, "eval-test-warmup-T0.4-s0")
     evaluated(runs / "r", "eval-test-mine-skills-T0.4-s0", skills=True, temperature=1.0)
     evaluated(runs / "r", "eval-train-init-T0.4-s0", split="train")
-    evaluated(runs / "r", "eval-test-runs-elsewhere-T0.4-s0")
+    evaluated(runs / "r", "eval-test-runs-c-distill-model-T0.4-s0")
     rows = report.evaluations("r", "c")
     panel = ["test", EVIL, 0.4, 0]
     assert [(row["name"], row["episodes"], row["panel"]) for row in rows] == [

@@ -632,6 +632,12 @@ def test_two_members_of_one_group_are_shown_one_of_each_half(paired_episodes, ep
         a, b = runs.choose_shown(episodes, seed)
         assert a != b and episodes[a].group == episodes[b].group
     assert seen == set(range(8))
+    alone = paired_episodes[0].group  # a group without a skill, beside one with both halves
+    for episode in paired_episodes:
+        episode.skills = [] if episode.group == alone else episode.skills
+    for seed in range(9):
+        a, b = runs.choose_shown(paired_episodes, seed)
+        assert alone not in (paired_episodes[a].group, paired_episodes[b].group)
 
 
 def test_lines_after_the_save_are_dropped_and_the_rest_counted(run, capsys):

@@ -12,6 +12,8 @@
 | graph       | (GPU) that step as a CUDA graph           | the same step without a graph          |
 | update      | tokens/s of `update` on the rollout       | `padded_step` on the same rows         |
 | memory_*    | (GPU) peak bytes of rollout and update    | what runtime/memory.py expects         |
+| iteration   | seconds of a whole iteration of phase 0,  |                                        |
+|             | and of its parts                          |                                        |
 
 --prompt_tokens repeats the prompts of the embedded data to the length of real ones. Random weights
 never end a response: each has --max_response_tokens tokens then.
@@ -27,12 +29,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from common import Row, collate, open_groups, rollout, update
+from common import Row, collate, open_groups, rl_rows, rollout, update
 from config import PRESETS, flag
 from runtime import memory
 from runtime.flags import parse_config
 from runtime.generation import Cache, eos_ids, generate, response_lengths
-from runtime.policy import Policy, load_policy, make_optimizer
+from runtime.policy import Policy, load_policy, load_reference, make_optimizer
 from runtime.run import append, list_items, peak_memory, run_script, set_up
 
 
@@ -173,6 +175,35 @@ def bench_update(policy, config, bench, steps):
     figure(bench, "update", ours, "tokens/s", "padded_full_logits", peer, **more)
 
 
+def bench_iteration(policy, config, bench, items):
+    """One iteration by its parts. Random weights solve nothing, so rows get 1 and -1 in turn."""
+    device = policy.model.device
+    policy.reference = load_reference(config, device)
+    policy.optimizer = make_optimizer(policy.model, config.lr, offload=config.offload)
+    spent = {}  # seconds of each part
+
+    def timed(part, work):
+        start = time.perf_counter()
+        result = work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        spent[part] = spent.get(part, 0.0) + time.perf_counter() - start
+        return result
+
+    policy.optimizer.step = partial(timed, "optimizer", policy.optimizer.step)
+    groups = open_groups(items, config)
+    episodes = timed("rollout", lambda: rollout(policy, config, groups, seed=0))
+    rows = rl_rows(episodes, [[(-1.0) ** n for n in range(len(e.steps))] for e in episodes])
+    metrics = timed("update", lambda: update(policy, rows, config, seed=0))
+    spent["score"] = metrics["score_seconds"]  # the old and the reference log-probs
+    spent["gradients"] = spent.pop("update") - spent["score"] - spent["optimizer"]
+    line = {"figure": "iteration", "value": sum(spent.values()), "unit": "s"} | spent
+    line |= {"optimizer_steps": metrics["optimizer_steps"], "rows": len(rows)}
+    line["row_tokens"] = sum(map(len, rows)) / len(rows)
+    line["response_tokens"] = sum(len(row.response_ids) for row in rows) / len(rows)
+    report(bench, line | {"offload": config.offload})
+
+
 def main():
     config, bench = parse_config("bench", __doc__, Bench)
     config.data = config.data or PRESETS["tiny-household"]["data"]
@@ -185,7 +216,8 @@ def main():
     report(bench, first | {"parameters": policy.model.num_parameters()})
 
     short = replace(config, max_steps=2)
-    groups = open_groups(list_items(config, config.split)[: config.tasks], config)
+    items = list_items(config, config.split)[: config.tasks]
+    groups = open_groups(items, config)
     steps = [step for e in rollout(policy, short, groups, seed=0) for step in e.steps]
     for step in steps if bench.prompt_tokens else ():
         repeats = 1 + bench.prompt_tokens // len(step.prompt_ids)
@@ -196,6 +228,8 @@ def main():
     bench_rollout(policy, config, bench, prompts)
     bench_decode(policy, config, bench, prompts[: config.generation_rows])
     bench_update(policy, config, bench, steps)
+    policy.optimizer = None  # its memory goes before the next one is made
+    bench_iteration(policy, config, bench, items)
 
 
 if __name__ == "__main__":

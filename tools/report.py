@@ -44,7 +44,8 @@ def evaluations(name, control="") -> list[dict]:
         logged = read_metrics(run)
         for checkpoint in NAMES if run == name else ["distill"]:
             ends = [0] + [x["episodes_so_far"] for x in logged if x["phase"] == checkpoint]
-            for path in sorted((Path("runs") / run).glob(f"eval-*-{checkpoint}-*T*.json")):
+            names = (f"eval-*-{checkpoint}-T*.json", f"eval-*-{checkpoint}-skills-T*.json")
+            for path in sorted(path for name in names for path in Path("runs", run).glob(name)):
                 record = read_json(path, [*PANEL, "skills", "results"])
                 label = NAMES[checkpoint] if run == name else CONTROL
                 label += ", skills in the prompt" if record["skills"] else ""
@@ -170,14 +171,16 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --page: #14181d; --text: #e3e8ee; --faint: #9aa6b3; --line: #343d47; --box: #1d242b;
           --skill: #43311c; --solved: #7fd0a0; --failed: #f0907f; }
-  img { background: #fff; }
+  img { filter: invert(0.91) hue-rotate(180deg); }
 }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
        max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; } img { max-width: 100%; }
-.wide { overflow-x: auto; } pre { overflow-x: auto; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
+.wide, pre { overflow-x: auto; } img { width: 100%; min-width: 46rem; }
+td:has(b) { min-width: 15rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left;
        border-bottom: 1px solid var(--line); vertical-align: top; }
+th { white-space: nowrap; }
 summary { cursor: pointer; padding: .4rem 0; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
 @media (max-width: 700px) { .pair { grid-template-columns: 1fr; } }
@@ -199,6 +202,8 @@ SEEN_CHARS = 400  # of an observation on the page
 
 def html_table(head, rows) -> str:
     """The cells of `rows` are HTML already."""
+    if not rows:
+        return "<p>None yet.</p>"
     lines = ["".join(f"<th>{escape(name)}</th>" for name in head)]
     lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
@@ -217,7 +222,7 @@ def skill_lives(root) -> str:
         life = " ".join(f"{delta:+.2f}" for delta in s["deltas"])
         rows.append([escape(s["status"]), text, f"{s['utility']:.3f}", f"{s['n']:d}", life])
     head = ["status", "skill", "utility u", "evaluations", "every Δ_g"]
-    return html_table(head, rows) if rows else "<p>No skills.</p>"
+    return html_table(head, rows)
 
 
 def response(step) -> str:
@@ -274,8 +279,10 @@ def pairs(root, most=6) -> str:
         skill, plain = games[i * len(games) // min(most, len(games))]
         where = (skill["phase"], skill["iteration"])
         effect = "" if skill["delta"] is None else f", Δ_g = {skill['delta']:+.2f}"
-        parts.append(f"<details{' open' * (i == 0)}><summary><b>{escape(where[0])} {where[1]}")
-        parts.append(f"{effect}</b> {escape(skill['task'])}</summary>")
+        parts.append(f"<details{' open' * (i == 0)}><summary>")
+        parts.append(
+            f"<b>{escape(where[0])} {where[1]}{effect}</b> {escape(skill['task'])}</summary>"
+        )
         parts.append(f'<p class="number">{escape(terms.get(where, ""))}</p>')
         parts.append(f'<div class="pair">{episode(skill)}{episode(plain)}</div></details>')
     return "\n".join(parts) or "<p>No game of which both halves were written out.</p>"
@@ -286,12 +293,13 @@ def run_page(name, rows) -> str:
     root = Path("runs") / name
     image = base64.b64encode((root / "plot.png").read_bytes()).decode()
     title = escape(f"SIRI run {name}")
+    flags = json.dumps(saved_flags(root), indent=1)
     sections = {
         "Evaluations": html_table(HEAD, [map(escape, cells_of(row)) for row in rows]),
-        "Curves": f'<img alt="curves" src="data:image/png;base64,{image}">',
+        "Curves": f'<div class="wide"><img alt="curves" src="data:image/png;base64,{image}"></div>',
         "Skills and their lives": skill_lives(root),
         "The same game with the skill and without": KEY + pairs(root),
-        "Flags": f"<pre>{escape(json.dumps(saved_flags(root), indent=1))}</pre>",
+        "Flags": f"<details><summary>all of them</summary><pre>{escape(flags)}</pre></details>",
     }
     body = "\n".join(f"<h2>{head}</h2>\n{html}" for head, html in sections.items())
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
