@@ -208,7 +208,9 @@ def main():
         root = Path("runs") / config.run
         bank = SkillBank.load(saves.find(root, phase) or root / phase, config)
     temperature, seed = choice.eval_temperature, choice.eval_seed
-    label = choice.checkpoint.strip("/").replace("/", "-") + ("-skills" if bank else "")
+    label = choice.checkpoint.strip("/").replace("/", "-")
+    if bank:
+        label += "-skills" if config.show == "skill" else f"-{config.show}"
     name = f"eval-{split.replace(':', '-')}-{label}-T{temperature:g}-s{seed}"
     name += f"-n{len(items)}" if choice.eval_items else ""
     out = Path(choice.out or Path("runs") / config.run / f"{name}.json")

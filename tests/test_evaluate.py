@@ -132,6 +132,8 @@ def test_skills_are_the_active_ones_of_mining_but_for_the_result_of_distillation
             assert all(step.plain_ids != step.prompt_ids for step in episode.steps)
     for phase, text in before.items():
         assert Path(f"runs/t/{phase}/skills.jsonl").read_text() == text
+    record = watched.evaluate("--skills --show neutral --eval_items 3")  # beside that with skills
+    assert "-distill-neutral-T" in record["path"].name
     record = watched.evaluate("--eval_items 3")
     assert record["skills"] is False and "skills" not in record["path"].name
     assert all(step.plain_ids == step.prompt_ids for e in watched.episodes for step in e.steps)

@@ -176,7 +176,9 @@ def bench_update(policy, config, bench, steps):
 
 
 def bench_iteration(policy, config, bench, items):
-    """One iteration by its parts. Random weights solve nothing, so rows get 1 and -1 in turn."""
+    """One iteration by its parts, with the world's own prompts and --max_steps steps an episode.
+    Random weights solve nothing, so rows get advantages of 1 and -1 in turn.
+    """
     device = policy.model.device
     policy.reference = load_reference(config, device)
     policy.optimizer = make_optimizer(policy.model, config.lr, offload=config.offload)
