@@ -288,18 +288,22 @@ def pairs(root, most=6) -> str:
     return "\n".join(parts) or "<p>No game of which both halves were written out.</p>"
 
 
+def all_flags(root) -> str:
+    text = escape(json.dumps(saved_flags(root), indent=1))
+    return f"<details><summary>all of them</summary><pre>{text}</pre></details>"
+
+
 def run_page(name, rows) -> str:
     """The page of a run that has been drawn."""
     root = Path("runs") / name
     image = base64.b64encode((root / "plot.png").read_bytes()).decode()
     title = escape(f"SIRI run {name}")
-    flags = json.dumps(saved_flags(root), indent=1)
     sections = {
         "Evaluations": html_table(HEAD, [map(escape, cells_of(row)) for row in rows]),
         "Curves": f'<div class="wide"><img alt="curves" src="data:image/png;base64,{image}"></div>',
         "Skills and their lives": skill_lives(root),
         "The same game with the skill and without": KEY + pairs(root),
-        "Flags": f"<details><summary>all of them</summary><pre>{escape(flags)}</pre></details>",
+        "Flags": all_flags(root),
     }
     body = "\n".join(f"<h2>{head}</h2>\n{html}" for head, html in sections.items())
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
