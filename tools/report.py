@@ -177,7 +177,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var
        max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 .wide, pre { overflow-x: auto; } img { width: 100%; min-width: 46rem; }
-td:has(b) { min-width: 15rem; }
+td:has(b) { min-width: 15rem; } td:last-child { min-width: 9rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left;
        border-bottom: 1px solid var(--line); vertical-align: top; }
 th { white-space: nowrap; }
