@@ -46,8 +46,14 @@ from runtime.policy import Policy, digest_policy, load_policy, load_reference, m
 from skills import group_deltas
 
 
+class Terminated(BaseException):
+    """SIGTERM ends the run. It comes at any line, so it is no error that a line might handle."""
+
+
 def run_script(main):
-    """Run a script's main; a UserError becomes one line and exit code 2, Ctrl-C one and 130."""
+    """Run a script's main. A UserError becomes one line and exit code 2, Ctrl-C one and 130,
+    SIGTERM one and 143.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show is escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -57,6 +63,9 @@ def run_script(main):
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
+    except Terminated as end:  # a signal handler must not print: the signal may come in a print
+        print(f"SIGTERM: {end}; the same command goes on", file=sys.stderr, flush=True)
+        sys.exit(143)
     except (UserError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not guard.is_out_of_memory(error):
             raise
@@ -276,9 +285,7 @@ class Run:
     def end_by_sigterm(self):
         if self.boundary:
             self.save()
-        what = "saved up to the last finished iteration"
-        print(f"SIGTERM: {what}; the same command goes on", file=sys.stderr, flush=True)
-        sys.exit(143)
+        raise Terminated("saved up to the last finished iteration")
 
     def save(self):
         """Save the boundary as one folder, swapped in whole: see runtime/saves.py. UserError if a

@@ -2,8 +2,10 @@
 
 import dataclasses
 import errno
+import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -497,9 +499,8 @@ def test_what_is_saved_is_the_state_at_the_iterations_end(run):
     assert not run.folder.exists()  # not due yet
     successes.append("b")
     bank.skills[0].utility = 0.7
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(runs.Terminated):
         run.on_sigterm()
-    assert stop.value.code == 143
     state = runs.load_state(run.folder)
     assert (state["successes"], state["iteration"], state["finished"]) == (["a"], 2, False)
     assert SkillBank.load(run.folder, run.config).skills[0].utility == 0
@@ -511,9 +512,9 @@ def test_what_is_saved_is_the_state_at_the_iterations_end(run):
 
 
 def test_sigterm_in_the_first_rollout_ends_at_once_with_nothing_to_save(run):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(runs.Terminated):
         run.on_sigterm()
-    assert stop.value.code == 143 and not run.folder.exists()
+    assert not run.folder.exists()
 
 
 def test_sigterm_in_an_update_waits_for_the_iterations_end(run, capsys):
@@ -522,11 +523,34 @@ def test_sigterm_in_an_update_waits_for_the_iterations_end(run, capsys):
     run.on_sigterm()
     assert run.terminated and not run.folder.exists()
     with pytest.raises(SystemExit) as stop:
-        run.end_iteration(2, False)
+        runs.run_script(lambda: run.end_iteration(2, False))
     assert stop.value.code == 143 and runs.load_state(run.folder)["iteration"] == 2
     assert not (run.folder / "skills.jsonl").exists()
     said = capsys.readouterr().err
     assert said == "SIGTERM: saved up to the last finished iteration; the same command goes on\n"
+
+
+def test_sigterm_in_the_middle_of_a_print_ends_as_at_any_line(run, monkeypatch):
+    """A progress bar prints often, and what prints there again is refused as reentrant."""
+    run.end_iteration(1, False)
+    said = []
+
+    class Terminal(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            said.append(bytes(data).decode())
+            if len(said) == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return len(data)
+
+    terminal = io.TextIOWrapper(io.BufferedWriter(Terminal()), write_through=True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(SystemExit) as stop:
+        runs.run_script(lambda: print("a bar", file=sys.stderr, flush=True))
+    assert stop.value.code == 143 and runs.load_state(run.folder)["iteration"] == 1
+    assert "SIGTERM: saved up to the last finished iteration" in said[-1]
 
 
 def test_sigterm_with_several_processes_waits_for_the_iterations_end(run, monkeypatch):
@@ -546,7 +570,7 @@ def test_sigterm_while_it_saves_is_obeyed_after_the_save(run, monkeypatch):
 
     monkeypatch.setattr(saves, "put", put)
     run.config.save_minutes = 0.0
-    with pytest.raises(SystemExit):
+    with pytest.raises(runs.Terminated):
         run.end_iteration(1, False)
     assert runs.load_state(run.folder)["iteration"] == 1
     monkeypatch.undo()
