@@ -32,6 +32,8 @@ def unbroken(folder) -> dict:
         start = time.time()
         code = runs.run(phase, folder, count_to=folder / "operations")
         assert code == 0, runs.said(folder)
+        steps = [line["optimizer_steps"] for line in runs.log(folder, phase)]
+        assert sum(steps), f"{phase}: without a step there is little to lose"
         operations = int((folder / "operations").read_text())
         result[phase] = (runs.digest(folder, phase), time.time() - start, operations)
     return result
