@@ -210,8 +210,8 @@ def load_reference(config: Config, device):
     """The frozen policy before phase 0, or None when its KL has no weight."""
     if not config.kl_coef:
         return None
-    device = "cpu" if config.offload else device
-    return load_policy(config.model, config, device, trainable=False)[0]
+    reference, _ = load_policy(config.model, config, device, trainable=False)
+    return reference.to("cpu") if config.offload else reference  # checked on the card: fast
 
 
 def digest_policy(model) -> str:
