@@ -150,6 +150,8 @@ class Run:
         self.last = getattr(config, f"{phase}_iterations")
         self.device = set_up(config)
         self.items = list_items(config, config.split)
+        if after and not (config.fork or self.root.exists()):
+            self.find_before(after)  # a mistyped --run: refused before there is a folder of it
         parallel.by_one(lambda: saves.own(self.root))
         self.source = parallel.by_one(lambda: saves.find(self.root, phase, set_aside=True))
         self.resumed = self.source is not None

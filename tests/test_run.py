@@ -747,6 +747,9 @@ def test_a_dry_run_prints_the_table_and_ends(config, capsys, monkeypatch):
 def test_a_phase_needs_the_one_before_it_finished(run):
     with pytest.raises(UserError, match="warmup/model is missing: run `python warmup.py --run"):
         Run(run.config, "mine", after="warmup")
+    with pytest.raises(UserError, match="runs/typo/warmup/model is missing"):
+        Run(dataclasses.replace(run.config, run="typo"), "mine", after="warmup")
+    assert not Path("runs/typo").exists()  # not even a lock
     run.phase, run.folder = "warmup", run.root / "warmup"
     run.end_iteration(1, False, successes=[])
     run.save()

@@ -747,7 +747,7 @@ DONE_PAGE = (
 def open_item(item, engine: str = "fast") -> WebShop:
     """A session for "<data folder>/<asin>/<number>". UserError for a goal that is not there."""
     path = Path(item)
-    catalogue = load_catalogue(str(path.parent.parent))
+    catalogue = load_catalogue(path.parent.parent.resolve())
     return WebShop(catalogue.goal(f"{path.parent.name}/{path.name}"), catalogue)
 
 
@@ -759,7 +759,7 @@ def list_items(root, split: str, engine: str = "fast") -> list[str]:
     if name not in ("train", "test") or not set(rules) <= {"human", "verl"}:
         remedy = "choose train or test, and with it :human, :verl or both"
         raise UserError(f"--env webshop has no split {split}: {remedy}")
-    catalogue = load_catalogue(str(root))
+    catalogue = load_catalogue(Path(root).resolve())
     goals = catalogue.split(name, "human" in rules, "verl" in rules)
     if not goals:
         raise UserError(f"no goals in {root}: its files have no instructions of this kind")

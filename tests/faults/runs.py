@@ -21,7 +21,7 @@ from config import read_jsonl
 from runtime.run import run_script
 from skills import Skill, SkillBank
 from tiny.lessons_shop import strategy_text
-from worlds import shop, webshop
+from worlds import shop
 from worlds.shop import CATEGORIES
 
 SCRIPTS = {"warmup": warmup, "mine": mine, "distill": distill}
@@ -70,7 +70,6 @@ def start(phase, folder, die_at=None, flags="", count_to=None) -> int:
     if child:
         return child
     os.chdir(folder)
-    webshop.load_catalogue.cache_clear()  # another test may have had another folder "shop"
     out = os.open("out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
