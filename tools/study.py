@@ -361,7 +361,7 @@ def panels(studies) -> list[tuple]:
 
 
 def draw(studies, path):
-    """Mean and range of the seeds in each panel; dashed where evaluated with skills."""
+    """A panel each: the seeds as thin lines, their mean; dashed where evaluated with skills."""
     shown = panels(studies)
     size = {"figsize": (3.7 * len(shown), 3.7), "constrained_layout": True}
     figure, axes = plt.subplots(1, len(shown), sharey=True, squeeze=False, **size)
@@ -374,17 +374,15 @@ def draw(studies, path):
             points = np.array(list(curves.values()), float)  # [seeds, points, 3]
             episodes = points[:, :, 0].mean(0)
             success = points[:, :, 1] / points[:, :, 2]
-            (line,) = axis.plot(
-                episodes, success.mean(0), "o--" if kept else "o-", color=color, ms=4
-            )
-            band = {"color": color, "alpha": 0.12, "lw": 0}
-            axis.fill_between(episodes, success.min(0), success.max(0), **band)
+            style = "--" if kept else "-"
+            axis.plot(points[:, :, 0].T, success.T, style, color=color, alpha=0.3, lw=0.7)
+            (line,) = axis.plot(episodes, success.mean(0), f"o{style}", color=color, ms=4)
             labels.setdefault(describe(variant)[0], line)
         axis.set_title(title, fontsize=10)
         axis.set(xlabel="episodes", ylim=(0, 1))
         axis.locator_params(axis="x", nbins=5)
-    axes[0, 0].set_ylabel("held-out success (mean, range of seeds)")
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=4, frameon=False)
+    axes[0, 0].set_ylabel("held-out success (thin: one seed)")
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=3, frameon=False)
     save(figure, path)
 
 
