@@ -1,4 +1,4 @@
-"""Every number of a run: the flags with their meaning, the presets with their reasons.
+"""The flags of a run with their meaning, the presets with their reasons.
 
     python warmup.py --help                    # this file, as flags
     python warmup.py --preset alfworld-7b      # a preset, which any flag overrides
@@ -63,7 +63,7 @@ class Config:
     )
     run: str = flag("tiny", "its name; everything is written under runs/<run>/", free=True)
     seed: int = flag(0, "of tasks, sampling and shuffling", fixed=True, at_least=0, below=2**32)
-    fork: str = flag("", "mine.py, distill.py: start from this other run's phase before")
+    fork: str = flag("", "mine.py, distill.py: start from the preceding phase of this other run")
     save_minutes: float = flag(30.0, "between saves; 0: save each iteration", free=True, at_least=0)
     dry_run: bool = flag(False, "print the memory that the run needs, and stop", free=True)
 
@@ -97,7 +97,7 @@ class Config:
     max_response_tokens: int = flag(512, "longest response", at_least=1)
     generation_rows: int = flag(128, "rows decoded together", free=True, at_least=1)
 
-    invalid_penalty: float = flag(0.1, "off a malformed row", at_least=0, group="credit: GiGPO")
+    invalid_penalty: float = flag(0.1, "cost of a malformed row", at_least=0, group="credit: GiGPO")
     gamma: float = flag(0.95, "discount of the step returns", at_least=0, at_most=1)
     step_weight: float = flag(1.0, "w_S, weight of the step advantage; 0 is GRPO", at_least=0)
     normalize_std: bool = flag(True, "divide advantages by the standard deviation")
@@ -106,20 +106,20 @@ class Config:
     )
 
     clip: float = flag(0.2, "PPO clip range of the ratio", above=0, group="objective")
-    kl_coef: float = flag(0.01, "beta of the KL to the initial policy; 0: never loaded", at_least=0)
+    kl_coef: float = flag(0.01, "beta of the KL to the initial policy; 0: no KL", at_least=0)
     entropy_coef: float = flag(0.001, "c_H, weight of the entropy bonus", at_least=0)
     lr: float = flag(1e-6, "AdamW learning rate, constant", at_least=0)
-    minibatch_rows: int = flag(256, "rows per optimizer step", at_least=1)
+    minibatch_rows: int = flag(256, "RL rows per optimizer step, about", at_least=1)
     micro_tokens: int = flag(16384, "tokens per forward-backward", free=True, at_least=1)
     recompute_old: bool = flag(True, "old log-probs by the training forward; false: the sampler's")
 
-    n_req: int = flag(512, "N_req, successes that end it", free=True, at_least=0, group="phase 0")
-    warmup_iterations: int = flag(40, "of phase 0 at most, even below n_req", free=True, at_least=1)
+    n_req: int = flag(512, "N_req, successes to end at", free=True, at_least=0, group="phase 0")
+    warmup_iterations: int = flag(40, "limit of phase 0, even below n_req", free=True, at_least=1)
 
     mine_iterations: int = flag(40, "of phase 1", free=True, at_least=1, group="phase 1")
     mine_every: int = flag(5, "I_mine, iterations between two rounds of mining", at_least=1)
     mine_episodes: int = flag(12, "successes summarized in one round", at_least=0)
-    mine_obs_chars: int = flag(200, "of an observation in the request for a skill", at_least=1)
+    mine_obs_chars: int = flag(200, "of each observation in the request for a skill", at_least=1)
     miner: str = flag(
         "",
         "empty: the policy writes the skills; else a model, or an API: http://host:8000/v1#model",

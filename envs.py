@@ -175,9 +175,9 @@ def parse_action(text: str, fallback_chars: int = 30) -> tuple[str, bool]:
     """A response -> (action in lower case, valid).
 
     Valid is a matter of format: <action>...</action>, <think> and </think>, no CJK character. A
-    well-formed action the world does not admit is valid; nothing happens. Without an action the
-    last `fallback_chars` characters are sent to the world (a world's FALLBACK_CHARS; verl-agent's
-    rules).
+    well-formed action that the world does not list is valid, and rarely does anything. Without an
+    action the last `fallback_chars` characters are sent to the world (a world's FALLBACK_CHARS;
+    verl-agent's rules).
     """
     span = action_span(text)
     if span is None:

@@ -13,7 +13,7 @@ Next    python mine.py --run <run>
         store the solved ones: N_succ grows
         A = A_E + w A_S                                               method Eq. 1 to 4
         minimize L_GiGPO + beta L_KL - c_H H                          method Eq. 7
-        stop once N_succ >= N_req
+        stop once N_succ >= N_req, or after --warmup_iterations
 """
 
 from common import episode_advantages, open_groups, rl_rows, rollout, update

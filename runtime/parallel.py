@@ -2,10 +2,10 @@
 
 (With the "--", or torchrun takes a script's --run for a flag of its own.)
 
-Every process runs the same script with the same seed. They differ in two places: `rollout` plays
-the groups of its own rank and then gathers the episodes of all, `update` trains the rows of its own
-rank while FSDP sums the gradients. What lies between (advantages, Delta_g, the skill bank) is
-computed by all alike. Without torchrun there is one rank, and nothing here does anything.
+Every process runs the same script with the same seed. They differ in two places: `rollout` and
+`sample_texts` work on the part of their own rank and then gather all, `update` trains the rows of
+its own rank while FSDP sums the gradients. What lies between (advantages, Delta_g, the skill bank)
+is computed by all alike. Without torchrun there is one rank, and nothing here does anything.
 
 Weights, gradients, optimizer state and reference are sharded over the ranks; the weights are
 gathered layer by layer in the update, and whole on each rank in a rollout (`unsharded`). Rank 0

@@ -438,7 +438,12 @@ def test_the_table_command_writes_the_page_and_the_picture(tmp_path, monkeypatch
     study.main()
     assert page.read_text() == known
     assert (tmp_path / "results" / "study.png").stat().st_size > 20_000
-    assert capsys.readouterr().out == study.reasons(read_json("results/study.json")) + "\n"
+    studies = read_json("results/study.json")
+    assert capsys.readouterr().out == f"{study.reasons(studies)}\n"
+    page.unlink()  # as in a results file of one's own: the table is printed
+    study.main()
+    printed = f"{study.markdown(studies)}\n\n{study.reasons(studies)}\n"
+    assert capsys.readouterr().out == printed
 
 
 def test_what_may_explain_a_difference_is_a_table_of_its_own():

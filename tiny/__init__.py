@@ -1,1 +1,1 @@
-"""The embedded default: generated games and products, lessons, and the tiny policies they made."""
+"""The shipped tiny policies, the lessons that taught them, and how."""

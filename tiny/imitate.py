@@ -1,6 +1,6 @@
 """Teach a policy by imitation of the lessons: a tiny one from nothing, or any Hugging Face model.
 
-    python -m tiny.imitate --seed 0 --out base                     # how the shipped policy was made
+    python -m tiny.imitate --seed 0 --out base                     # three steps to policy_household
     python -m tiny.imitate --start base --seed 1 --count 20000 --knows 0.4 --lr 0.01 --out next
     python -m tiny.imitate --start next --seed 2 --count 6000 --knows 0.3 --lr 0.005 --out policy
     python -m tiny.imitate --model smollm2 --count 1200 --steps 0.4 --knows 0.3 --out taught

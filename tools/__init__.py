@@ -1,1 +1,1 @@
-"""What looks at runs and engines from outside: plots, speed, comparisons with the originals."""
+"""What looks at runs and engines from outside: studies, reports, speed."""

@@ -12,7 +12,7 @@ are played with the skill alone in the prompt and without any, by the policy tha
 | right    | share of its groups whose Delta_g had the sign of the effect (0 counts as no)         |
 
 Below: how often a verdict was right, active with an effect above --active_above, or retired with
-none. The early groups were played by earlier policies.
+no more. Episodes are sampled at --temperature. The early groups were played by earlier policies.
 """
 
 import math

@@ -413,10 +413,10 @@ def run_study(args) -> str:
 def parse(words):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    table = commands.add_parser("table", help="make the page and the picture of a file again")
+    table = commands.add_parser("table", help="draw a file; its table into the page of its name")
     run = commands.add_parser("run", help="train, evaluate, and add to a file")
     for command in (table, run):
-        known = "a JSON file of studies; page and picture lie next to it"
+        known = "a JSON file of studies; table and picture go next to it"
         command.add_argument("--results", default="results/study.json", help=known)
     run.add_argument("--name", required=True, help="of the study; its runs begin with it")
     run.add_argument("--title", default="", help="in the table and above its panel")
@@ -448,7 +448,11 @@ def main():
     else:
         path = Path(args.results)
         studies = read_json(path)
-        replace_block(path.with_suffix(".md"), "study", markdown(studies))
+        page = path.with_suffix(".md")
+        if page.exists():
+            replace_block(page, "study", markdown(studies))
+        else:
+            print(f"{markdown(studies)}\n")
         draw(studies, path.with_suffix(".png"))
         print(reasons(studies))
 

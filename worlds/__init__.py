@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Observation:
-    """What the agent sees. `text` is GiGPO's anchor state; `admissible` is sorted, no `help`."""
+    """What the agent sees. `text` is GiGPO's anchor state; `admissible` is what a prompt lists."""
 
     text: str
     task: str
