@@ -45,6 +45,8 @@ def internalization_rows(episodes, advantages, deltas, tokenizer, config) -> lis
     sigma_A = 1.0 if config.normalize_std else SUCCESS_REWARD
     begun = opening(tokenizer)
     rows = []
+    if "internalization" in config.without:
+        return rows
     for episode, step_advantages in zip(episodes, advantages, strict=True):
         if not episode.skills:  # gate (a): the episode used a skill
             continue

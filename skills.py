@@ -133,8 +133,8 @@ class SkillBank:
             return []
         if show == "other":  # the most valued skill of another task type; none where there is none
             living = [s for s in self.skills if s.status != "retired"]
-            others = [[s for s in living if s.bucket != skill.bucket] for skill in skills]
-            skills = [max(found, key=self.value) for found in others if found]
+            others = [s for s in living if s.bucket not in {skill.bucket for skill in skills}]
+            skills = [max(others, key=self.value)] if skills and others else []
         if show == "neutral":  # as many words, so that length and place alone are left
             counts = [len(s.strategy.split()) for s in skills]
             words = [" ".join(islice(cycle(NEUTRAL), count)) for count in counts]

@@ -43,11 +43,12 @@ def parse_config(phase: str, doc: str, extra=None):
     fork = given.get("fork", "")
     check_name("run", run)
     check_name("fork", fork or run)
-    before = {"mine": "warmup", "distill": "mine"}.get(phase)
+    before = PHASES[: PHASES.index(phase)] if phase in PHASES else ()
     if fork and (not before or run == fork):
         raise UserError(f"--fork {fork}: for mine.py and distill.py, with another --run")
-    if fork and saves.folders(Path("runs") / run, before):
-        raise UserError(f"--fork {fork}: {run} has its own {before}; use another --run")
+    own = [earlier for earlier in before if saves.folders(Path("runs") / run, earlier)]
+    if fork and own:
+        raise UserError(f"--fork {fork}: {run} has its own {own[-1]}; use another --run")
     saved = saved_flags(Path("runs") / run) if phase != "warmup" else {}
     if fork and not saved:
         saved = saved_flags(Path("runs") / fork)
@@ -60,6 +61,9 @@ def parse_config(phase: str, doc: str, extra=None):
     check(config)
     if config.group_size < 2 and "skills" not in config.without:
         raise UserError("--group_size 1: must be at least 2, for two halves, or --without skills")
+    if phase == "mine" and "warmup" in config.without and (fork or own):
+        what = f"--fork {fork}" if fork else f"the warm-up of {run}"
+        raise UserError(f"--without warmup has no use for {what}: give a new --run alone")
     if extra:
         check(extra(**more))
     return (config, extra(**more)) if extra else config

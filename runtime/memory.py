@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from config import UserError
 from runtime.generation import CHUNK
-from runtime.policy import SHAPES, local_path
+from runtime.policy import SHAPES, check_shape, local_path
 
 # MiB that nvidia-smi reports for an RTX 4090, A6000, H100 and H200; CUDA itself takes about 1,024
 CARDS = {"24 GB": 24_564, "48 GB": 49_140, "80 GB": 81_559, "141 GB": 143_771}
@@ -67,6 +67,7 @@ def cache_bytes(shape, size, tokens):
 def parts(config) -> dict:
     """Part -> bytes, on the card unless its name says otherwise."""
     shape = model_config(config.model)
+    check_shape(config.model, shape, config)
     size = getattr(torch, config.dtype).itemsize
     parameters, per_layer, largest = count_parameters(config.model)
     weights = size * parameters

@@ -153,6 +153,7 @@ class Run:
         if after and not (config.fork or self.root.exists()):
             self.find_before(after)  # a mistyped --run: refused before there is a folder of it
         parallel.by_one(lambda: saves.own(self.root))
+        self.kept = {}  # phase -> the iteration from which this one goes on: the log ends there
         self.source = parallel.by_one(lambda: saves.find(self.root, phase, set_aside=True))
         self.resumed = self.source is not None
         if self.resumed:
@@ -170,7 +171,8 @@ class Run:
         else:
             self.state |= {"iteration": 0, "finished": False}
         self.spent = {"episodes": 0, "sampled_tokens": 0}  # by the run so far
-        self.drop_lines_after(self.state["iteration"])
+        self.kept[phase] = self.state["iteration"]
+        self.drop_lines()
 
         path = self.source / "model" if self.source else config.model
         model, tokenizer = load_policy(path, config, self.device)
@@ -215,8 +217,10 @@ class Run:
         command = f"`python {after}.py --run {root.name}`"
         if folder is None:
             raise UserError(f"{root / after}/model is missing: run {command} first")
-        if not load_state(folder, ["finished"])["finished"]:
+        state = load_state(folder, ["finished", "iteration"])
+        if not state["finished"]:
             raise UserError(f"{folder} is not finished: {command} goes on with it")
+        self.kept[after] = state["iteration"]
         return folder
 
     def keep(self, name, digest, what):
@@ -371,8 +375,8 @@ class Run:
         lines |= {"next": f"python {after}.py --run {self.config.run}"}
         print("\n".join(f"{name}: {value}" for name, value in lines.items()))
 
-    def drop_lines_after(self, kept):
-        """Drop from the logs what this phase did after iteration `kept`, and count the rest. Lines
+    def drop_lines(self):
+        """Drop from the logs what was done after the iterations `kept`, and count the rest. Lines
         that are no whole record (the disk was full, the process was killed) go too.
         """
         if parallel.rank() > 0:
@@ -386,14 +390,14 @@ class Run:
                 record = read_record(line, counts)
                 if record is None:
                     damaged += [number] if line else []
-                elif record["phase"] != self.phase or record["iteration"] <= kept:
+                elif record["iteration"] <= self.kept.get(record["phase"], math.inf):
                     kept_lines.append(line + "\n")
                     for count in counts:
                         counts[count] += record[count]
             if damaged:
                 print(f"{path}: lines {damaged} were damaged and are dropped")
-            if kept and not kept_lines:
-                print(f"{path}: what was logged up to iteration {kept} of {self.phase} is lost")
+            if (done := self.kept[self.phase]) and not kept_lines:
+                print(f"{path}: what was logged up to iteration {done} of {self.phase} is lost")
             write_atomically(path, "".join(kept_lines))
 
 
@@ -452,4 +456,5 @@ def readable(episode, advantages, deltas) -> dict:
     about = {"item": episode.item, "group": episode.group, "task": episode.task}
     about |= {"success": episode.success, "delta": deltas.get(episode.group)}
     skills = [f"when {condition}: {strategy}" for condition, strategy in episode.shown]
+    skills = skills or ["(nothing is shown)"] * bool(episode.skills)  # --show nothing
     return about | {"skills": skills, "steps": steps}

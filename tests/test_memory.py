@@ -261,6 +261,9 @@ def test_a_shape_that_says_its_head_size_or_is_unknown(tmp_path):
     assert memory.model_config("tiny").vocab_size < 2000  # a shipped folder
     with pytest.raises(UserError, match="no config.json .*; give a local folder or one of qwen2.5"):
         memory.model_config(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="is a gpt2"):
+        memory.table(Config(model=str(tmp_path)))
 
 
 def test_dry_run_of_a_preset_needs_no_network(monkeypatch):

@@ -213,6 +213,12 @@ def test_ablations_of_internalization_each_open_one_thing(paired_episodes, polic
     config.without = ["action_mask", "weight"]
     assert {row.weight for row in internalized(paired_episodes, policy, config)} == {1.0}
     assert not internalized(paired_episodes, policy, config, **harmful)
+    config.without = ["internalization"]
+    for episode in paired_episodes:
+        for step in episode.steps:
+            step.distilled = {}
+    assert not internalized(paired_episodes, policy, config)
+    assert not any(step.distilled for e in paired_episodes for step in e.steps)
 
 
 # --- an iteration, really run ---------------------------------------------------------------------

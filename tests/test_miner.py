@@ -66,6 +66,8 @@ def test_an_endpoint_writes_the_skills_and_gets_the_prompt(endpoint, policy, con
     assert [x["messages"][0]["content"] for x in got] == ["first", "second"]
     assert {x["model"] for x in got} == {"big"}
     assert got[0]["max_tokens"] == config.max_response_tokens
+    assert {x["temperature"] for x in got} == {1.0}
+    assert len({x["seed"] for x in got}) == 2  # or equal requests would give equal skills
 
 
 @pytest.mark.parametrize("bad", ["late", "broken", b"no JSON", b"{}", b'{"choices": []}', None])

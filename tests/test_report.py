@@ -45,7 +45,8 @@ def write_run(root, success, **changes):
     (root / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     counts = {"n": 10, "solved": round(10 * success), "success": success, "low": 0.1, "high": 0.95}
     record = {"checkpoint": EVIL, "skills": False, "results": {"all": counts | {"score": 0.8}}}
-    record |= {"seed": 0, "split": "test", "digest": EVIL, "temperature": 0.4} | changes
+    record |= {"seed": 0, "split": "test", "digest": EVIL, "temperature": 0.4, "iteration": 1}
+    record |= changes
     (root / EVALUATION).write_text(json.dumps(record))
     return record
 
@@ -136,15 +137,15 @@ def test_each_evaluation_stands_with_its_checkpoint_episodes_and_panel(runs, cap
     """Of the control the end alone is shown: it has the same warm-up."""
     for folder in (runs / "r", runs / "c"):
         evaluated(folder, "eval-test-mine-T0.4-s0", digest="m", seed=3)
-        evaluated(folder, "eval-test-warmup-T0.4-s0")
+        evaluated(folder, "eval-test-warmup-T0.4-s0")  # when it had one iteration of two
     evaluated(runs / "r", "eval-test-mine-skills-T0.4-s0", skills=True, temperature=1.0)
-    evaluated(runs / "r", "eval-train-init-T0.4-s0", split="train")
+    evaluated(runs / "r", "eval-train-init-T0.4-s0", split="train", iteration=None)
     evaluated(runs / "r", "eval-test-runs-c-distill-model-T0.4-s0")
     rows = report.evaluations("r", "c")
     panel = ["test", EVIL, 0.4, 0]
     assert [(row["name"], row["episodes"], row["panel"]) for row in rows] == [
         ("before training", 0, ["train", EVIL, 0.4, 0]),
-        ("after warm-up", 16, panel),
+        ("after warm-up", 8, panel),
         ("after mining", 24, ["test", "m", 0.4, 3]),
         ("after mining, skills in the prompt", 24, ["test", EVIL, 1.0, 0]),
         ("SIRI, after distillation", 32, panel),

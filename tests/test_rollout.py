@@ -246,9 +246,11 @@ def test_every_logged_share_is_of_what_its_name_says(config):
         ("c", False, (2, True)),
     ):
         made = [Step("", [1], [1] * 4, "", [5] * n, [], "", valid) for n, valid in steps]
-        played.append(Episode("i", group, task_type="pick", steps=made, success=success))
+        kind = "look" if group == "a" else "pick"
+        played.append(Episode("i", group, task_type=kind, steps=made, success=success))
     advantages = [np.full(len(e.steps), -9 if e is played[0] else 1) for e in played]
     metrics = rollout_metrics(played, advantages, config)
+    assert metrics["success_by_type"] == {"look": 1, "pick": pytest.approx(1 / 3)}
     assert metrics["no_contrast"] == pytest.approx(2 / 3)  # "a" and "c"
     assert metrics["invalid"] == pytest.approx(1 / 8)
     assert metrics["cut"] == pytest.approx(2 / 8)

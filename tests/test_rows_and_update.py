@@ -239,6 +239,9 @@ def test_the_gradient_is_clipped_to_its_norm_and_logged_unclipped(
     metrics = update(trainer, as_rows(episodes, advantage=20.0), config, 0)
     assert metrics["grad_norm"] > 1
     assert gradients[0].norm().item() == pytest.approx(0.01, rel=1e-3)
+    monkeypatch.undo()
+    update(trainer, as_rows(episodes, advantage=200.0), config, 0)
+    assert gradients[1].norm().item() == pytest.approx(1.0, rel=1e-3)
 
 
 def test_update_moves_the_log_probs_in_the_direction_of_the_advantages(episodes, config):

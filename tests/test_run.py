@@ -118,6 +118,11 @@ def test_a_fork_does_not_silently_go_on_from_the_runs_own_phase(begun, monkeypat
     call(warmup, f"{begun} --warmup_iterations 1".replace("--run t", "--run u"))
     with pytest.raises(UserError, match="--fork t: u has its own warmup; use another --run"):
         call(mine, "--run u --fork t --mine_iterations 1")
+    with pytest.raises(UserError, match="--fork t: u has its own warmup; use another --run"):
+        call(distill, "--run u --fork t")  # u's log would be lost
+    for flags in ("--run u", "--run w --fork t"):
+        with pytest.raises(UserError, match="--without warmup has no use for"):
+            call(mine, f"{flags} --without warmup")
 
 
 def test_a_fork_does_not_go_on_from_what_is_left_of_the_runs_own_phase(begun):
@@ -294,6 +299,9 @@ def test_optimizer_follows_the_flags_and_the_device_of_now_not_those_of_the_save
         assert (group["lr"], group["beta2"], group["weight_decay"]) == (1e-4, 0.99, 0.5)
         assert not group["triton"] and int(group["step"]) == 1
     new.step()
+    assert make_optimizer(model, 1.0).param_groups[0]["beta2"] == 0.999
+    half = make_optimizer(model.bfloat16(), 1.0)  # where 0.999 would stick
+    assert half.param_groups[0]["beta2"] == 0.95
 
 
 @pytest.mark.parametrize(
@@ -579,7 +587,10 @@ def test_sigterm_while_it_saves_is_obeyed_after_the_save(run, monkeypatch):
 def test_a_phase_ends_with_a_save_however_late_the_last_was(run):
     run.end_iteration(4, True, successes=[])
     assert runs.load_state(run.folder)["finished"] is True
-    run.saved_at -= 999 * 60 + 1
+    run.saved_at -= 999 * 60 - 60  # a minute is left of --save_minutes
+    run.end_iteration(5, False)
+    assert runs.load_state(run.folder)["iteration"] == 4
+    run.saved_at -= 61
     run.end_iteration(5, False)
     assert runs.load_state(run.folder)["iteration"] == 5
     assert time.time() - run.saved_at < 60
@@ -643,6 +654,10 @@ def test_a_transcript_has_its_own_episodes_advantages(run, paired_episodes):
             assert (step["saw"], step["said"]) == (known.obs, known.response)
             assert (step["did"], step["reward"]) == (known.action, known.reward)
         assert line["steps"][0]["weight"] == i
+    for episode in paired_episodes:  # --show nothing: the report still tells the halves apart
+        episode.shown = []
+        line = runs.readable(episode, [0.0] * len(episode.steps), {})
+        assert bool(line["skills"]) == bool(episode.skills)
 
 
 def test_two_members_of_one_group_are_shown_one_of_each_half(paired_episodes, episodes):
@@ -669,15 +684,17 @@ def test_lines_after_the_save_are_dropped_and_the_rest_counted(run, capsys):
         return json.dumps({"phase": phase, "iteration": iteration} | counts(8, 10) | more) + "\n"
 
     path = run.root / "metrics.jsonl"
-    path.write_text(line("warmup", 9) + line("mine", 1) + line("mine", 2) + line("mine", 3))
+    begun_at_9 = line("warmup", 9) + line("warmup", 10)
+    path.write_text(begun_at_9 + line("mine", 1) + line("mine", 2) + line("mine", 3))
     (run.root / "episodes.jsonl").write_text(line("mine", 2) + line("mine", 3) + '{"phase": "mi')
-    run.drop_lines_after(2)
+    run.kept = {"warmup": 9, "mine": 2}
+    run.drop_lines()
     assert [x["iteration"] for x in logged("tiny-household")] == [9, 1, 2]
     assert run.spent == {"episodes": 24, "sampled_tokens": 30}
     assert (run.root / "episodes.jsonl").read_text() == line("mine", 2)
     assert "episodes.jsonl: lines [3] were damaged and are dropped" in capsys.readouterr().out
     path.write_text(line("mine", 0) + line("lunch", 1) + line("mine", 1, episodes=-1) + "\n[]\n")
-    run.drop_lines_after(2)
+    run.drop_lines()
     said = capsys.readouterr().out
     assert "metrics.jsonl: lines [1, 2, 3, 5] were damaged and are dropped" in said
     assert "metrics.jsonl: what was logged up to iteration 2 of mine is lost" in said
@@ -756,8 +773,12 @@ def test_a_phase_needs_the_one_before_it_finished(run):
     with pytest.raises(UserError, match="warmup is not finished: `python warmup.py .* goes on"):
         Run(run.config, "mine", after="warmup")
     run.end_iteration(2, True, successes=["b"])
+    counted = {"phase": "warmup"} | counts(8, 10)
+    lines = [json.dumps(counted | {"iteration": k}) for k in (1, 2, 3)]  # 3: never saved
+    (run.root / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     second = Run(run.config, "mine", after="warmup")
     assert not second.resumed and second.source == run.folder
+    assert second.spent == {"episodes": 16, "sampled_tokens": 20}
     assert second.state == {"successes": ["b"], "iteration": 0, "finished": False}
     second.end_iteration(4, False)
     second.save()

@@ -215,6 +215,8 @@ def test_the_prompt_shows_the_skill_or_nothing_or_another_or_as_many_neutral_wor
     others[1].strategy = "the best of them"
     assert shown("other", skill) == [("a", "the best of them")]
     assert shown("other", others[0]) == [("a", "another of its task type")]
+    assert shown("other", skill, near) == [("a", "the best of them")]  # once
+    assert shown("other") == []
     for words in (8, 30):
         skill.strategy = "microwave " * words
         ((condition, neutral),) = shown("neutral", skill)
@@ -237,12 +239,15 @@ def test_bank_refuses_instances_essays_and_repetitions():
     assert add("the task asks for a clean object", first) == "added"
     again = "Take it to the sinkbasin, and clean it"
     assert add("an object must be clean", again) == "duplicate"
+    assert add("an object must be clean", f"{first} with soap and water") == "added"
+    close = "take it to the sinkbasin and then clean it"
+    assert add("an object must be clean", close) == "duplicate"
     assert add("an object must be clean", "take it to the fridge and cool it") == "added"
     assert bank.add("an object must be clean", first, "cool") == "added"  # another task type
     assert add("you need a mug", "open drawer 3") == "instance"
     assert add("you shop", "buy B09ABCDEF1") == "instance"
     assert add("you need a mug", "word " * 81) == "words"
-    assert [s.status for s in bank.skills] == ["candidate"] * 3
+    assert [s.status for s in bank.skills] == ["candidate"] * 4
 
 
 @pytest.mark.parametrize("sign", ["\ud800", "\x1b[31m", "\0", "\n", "\t", "\x85", "\u202e"])

@@ -69,6 +69,11 @@ def test_the_interval_is_students_over_independent_values():
     assert study.interval([0.3]) is None
 
 
+def test_a_tie_is_no_difference_whatever_floats_make_of_it():
+    one, other = ([[64, 10, 120], [320, a, 120], [576, b, 120]] for a, b in ((20, 21), (21, 19)))
+    assert study.differences({"1": one}, {"1": other}, "curve") == [0]
+
+
 def test_intervals_hold_the_truth_as_often_as_they_say():
     """The table of results/README.md, from its simulation: 2,000 studies a number."""
     page = (ROOT / "results" / "README.md").read_text()
@@ -474,14 +479,19 @@ def test_flags_of_the_command(monkeypatch):
     plan |= {"results": "results/study.json"}
     assert vars(seen[0]) == plan
     words = """--name m --title T --flags=--tasks --variants no-gate,siri --seeds 7 --jobs 2
-    --mine_iterations 1 --distill_iterations 2 --points 5 --eval_items 6 --results t.json""".split()
+    --mine_iterations 1 --distill_iterations 7 --points 5 --eval_items 6 --results t.json""".split()
     monkeypatch.setattr("sys.argv", ["study.py", "run", *words])
     study.main()
-    plan = {"mine_iterations": 1, "distill_iterations": 2, "points": 5, "eval_items": 6}
+    plan = {"mine_iterations": 1, "distill_iterations": 7, "points": 5, "eval_items": 6}
     plan |= {"name": "m", "title": "T", "flags": "--tasks", "jobs": 2, "command": "run"}
     plan |= {"results": "t.json"}
     assert vars(seen[1]) == plan | {"variants": ["no-gate", "siri"], "seeds": ["7"]}
-    for wrong, message in (("--jobs 0", "must be 1 at least"), ("--variants x", "--variants x: ")):
+    for wrong, message in (
+        ("--jobs 0", "must be 1 at least"),
+        ("--points 0", "--points 0: must be 1 to --distill_iterations 12"),
+        ("--points 4 --distill_iterations 3", "--points 4: must be 1 to --distill_iterations 3"),
+        ("--variants x", "--variants x: "),
+    ):
         monkeypatch.setattr("sys.argv", ["study.py", "run", "--name", "n", *wrong.split()])
         with pytest.raises(UserError, match=message):
             study.main()

@@ -167,6 +167,7 @@ def same_weights(folder, *names) -> bool:
         ("--out x --start y --model z", "not both"),
         ("--out x --modle y", "did you mean --model"),
         ("--out x --count 0", "--count 0: must be at least 1"),
+        ("--out x --hidden 20", "--hidden 20: must be a multiple of 8"),
         ("--out x --held_out 0", "--held_out 0: must be at least 1"),
         ("--out x --steps 0", "must be at least 0.25 and at most 1"),
     ],

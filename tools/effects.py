@@ -45,6 +45,7 @@ def items_of(bucket, config, items, count) -> list[str]:
 
 def successes(policy, config, items, skill=None) -> np.ndarray:
     """Play each item once, with the skill alone in the prompt or plain -> 0 or 1 for each."""
+    config = replace(config, show="skill")
     bank = SkillBank(config, [replace(skill, status="active")]) if skill else None
     outcomes = evaluate(policy, config, items, config.temperature, seed=1, bank=bank)
     return np.array([outcome["success"] for outcome in outcomes], float)
@@ -85,6 +86,8 @@ def main():
     parser.add_argument("--episodes", type=int, default=60, help="with each skill, and without")
     args = parser.parse_args()
     check_name("run", args.run)
+    if args.episodes < 2:
+        raise UserError(f"--episodes {args.episodes}: must be 2 at least, for a standard error")
     root = Path("runs") / args.run
     folder = saves.find(root, "mine")
     if folder is None:

@@ -43,14 +43,14 @@ def evaluations(name, control="") -> list[dict]:
     for run in filter(None, (name, control)):
         logged = read_metrics(run)
         for checkpoint in NAMES if run == name else ["distill"]:
-            ends = [0] + [x["episodes_so_far"] for x in logged if x["phase"] == checkpoint]
+            at = {x["iteration"]: x["episodes_so_far"] for x in logged if x["phase"] == checkpoint}
             names = (f"eval-*-{checkpoint}-T*.json", f"eval-*-{checkpoint}-skills-T*.json")
             for path in sorted(path for name in names for path in Path("runs", run).glob(name)):
-                record = read_json(path, [*PANEL, "skills", "results"])
+                record = read_json(path, [*PANEL, "iteration", "skills", "results"])
                 label = NAMES[checkpoint] if run == name else CONTROL
                 label += ", skills in the prompt" if record["skills"] else ""
                 panel = [record[key] for key in PANEL]
-                row = {"name": label, "episodes": ends[-1], "panel": panel}
+                row = {"name": label, "episodes": at.get(record["iteration"], 0), "panel": panel}
                 rows.append(row | record["results"]["all"])
     return rows
 

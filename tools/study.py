@@ -256,7 +256,8 @@ def differences(curves, control, measure) -> list[float]:
     pairs = [(curve, control[seed]) for seed, curve in curves.items() if seed in control]
     if any(plan(ours) != plan(theirs) for ours, theirs in pairs if len(ours) > 1):
         raise UserError("variant and control were evaluated at other episodes or items")
-    return [measures(ours)[measure] - measures(theirs)[measure] for ours, theirs in pairs]
+    found = [measures(ours)[measure] - measures(theirs)[measure] for ours, theirs in pairs]
+    return [round(difference, 12) for difference in found]  # a tie is exactly 0
 
 
 def plan(curve) -> list:
@@ -437,6 +438,9 @@ def main():
         check_name("name", args.name)
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs}: must be 1 at least")
+        if not 0 < args.points <= args.distill_iterations:
+            limits = f"1 to --distill_iterations {args.distill_iterations}"
+            raise UserError(f"--points {args.points}: must be {limits}")
         try:
             shlex.split(args.flags)
         except ValueError as error:
