@@ -258,7 +258,7 @@ def sample_batch(model, prompts, uniform, ends, cache, *, temperature, stop):
     slots = torch.arange(B, device=device)  # the response that each row of the cache belongs to
     done = torch.zeros(B, dtype=torch.bool, device=device)
 
-    def step(token, where, u, visible):
+    def step(token, where, u, visible, temperature):
         rows = torch.arange(len(token), device=device)
         logits = forward(model, token[:, None], rows, where, cache, visible)
         return sample(logits, u, temperature)
@@ -267,7 +267,8 @@ def sample_batch(model, prompts, uniform, ends, cache, *, temperature, stop):
     for t in range(new):
         if t:
             visible = min(cache.length, BUCKET * math.ceil((longest + t) / BUCKET))
-            token, logprob = replay(cache, step, token, where, uniform[slots, t], visible=visible)
+            how = {"visible": visible, "temperature": temperature}  # a graph for each
+            token, logprob = replay(cache, step, token, where, uniform[slots, t], **how)
             where = where + 1
         tokens[slots, t] = token
         logprobs[slots, t] = logprob
