@@ -277,9 +277,7 @@ def main():
     if not lessons.out:
         raise UserError("--out: name the folder to write to")
     if lessons.hidden % 8:
-        raise UserError(
-            f"--hidden {lessons.hidden}: must be a multiple of 8, for heads of even size"
-        )
+        raise UserError(f"--hidden {lessons.hidden}: must be a multiple of 8")
     if lessons.start and lessons.model:
         raise UserError("--start or --model, not both")
     if lessons.difficulties and (lessons.world != "webshop" or lessons.data):
