@@ -42,11 +42,11 @@ def internalization_rows(episodes, advantages, deltas, tokenizer, config) -> lis
     sigma_A brings advantages that keep the reward's scale (--normalize_std false) to the scale of
     the clip. Steps with A <= 0 have weight 0, but count among the gated tokens.
     """
+    if "internalization" in config.without:
+        return []
     sigma_A = 1.0 if config.normalize_std else SUCCESS_REWARD
     begun = opening(tokenizer)
     rows = []
-    if "internalization" in config.without:
-        return rows
     for episode, step_advantages in zip(episodes, advantages, strict=True):
         if not episode.skills:  # gate (a): the episode used a skill
             continue

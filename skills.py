@@ -129,12 +129,13 @@ class SkillBank:
     def shown(self, skills) -> list[tuple]:
         """(condition, strategy) of skills as the prompt of the skill half has them (--show)."""
         show = self.config.show
-        if show == "nothing":
+        if show == "nothing" or not skills:
             return []
         if show == "other":  # the most valued skill of another task type; none where there is none
             living = [s for s in self.skills if s.status != "retired"]
-            others = [s for s in living if s.bucket not in {skill.bucket for skill in skills}]
-            skills = [max(others, key=self.value)] if skills and others else []
+            own = {skill.bucket for skill in skills}
+            others = [s for s in living if s.bucket not in own]
+            skills = [max(others, key=self.value)] if others else []
         if show == "neutral":  # as many words, so that length and place alone are left
             counts = [len(s.strategy.split()) for s in skills]
             words = [" ".join(islice(cycle(NEUTRAL), count)) for count in counts]
