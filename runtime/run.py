@@ -150,16 +150,17 @@ class Run:
         self.last = getattr(config, f"{phase}_iterations")
         self.device = set_up(config)
         self.items = list_items(config, config.split)
-        if after and not (config.fork or self.root.exists()):
-            self.find_before(after)  # a mistyped --run: refused before there is a folder of it
-        parallel.by_one(lambda: saves.own(self.root))
         self.kept = {}  # phase -> the iteration from which this one goes on: the log ends there
-        self.source = parallel.by_one(lambda: saves.find(self.root, phase, set_aside=True))
-        self.resumed = self.source is not None
+        self.resumed = bool(saves.folders(self.root, phase))
+        if after and not self.resumed:  # first: a mistyped --run or --fork leaves no folder
+            self.source = self.find_before(after)
+        parallel.by_one(lambda: saves.own(self.root))
+        if self.resumed or not after:
+            self.source = parallel.by_one(lambda: saves.find(self.root, phase, set_aside=True))
         if self.resumed:
             self.check_flags()
-        elif after:
-            self.source = self.find_before(after)
+        elif self.source and self.source.parent != self.root:
+            self.take_log(self.source.parent)
         needed = ["iteration", "finished", "data", "model", *first]
         self.state = load_state(self.source, needed) if self.source else first
         self.digests = {}  # of what the run is made of, alike in all phases
@@ -202,17 +203,8 @@ class Run:
 
     def find_before(self, after) -> Path:
         """The last save of phase `after`, of this run or of --fork. UserError if unfinished."""
-        root = self.root
-        fork = self.config.fork
-        if fork and not saves.folders(root, after):
-            root = Path("runs") / fork
-            theirs, ours = root / "metrics.jsonl", self.root / "metrics.jsonl"
-            if theirs.exists() and parallel.rank() == 0:
-                earlier = PHASES[: PHASES.index(self.phase)]
-                lines = [
-                    json.dumps(x) for x in read_jsonl(theirs, ["phase"]) if x["phase"] in earlier
-                ]
-                write_atomically(ours, "".join(line + "\n" for line in lines))
+        own = saves.folders(self.root, after)
+        root = Path("runs") / self.config.fork if self.config.fork and not own else self.root
         folder = parallel.by_one(lambda: saves.find(root, after))
         command = f"`python {after}.py --run {root.name}`"
         if folder is None:
@@ -222,6 +214,14 @@ class Run:
             raise UserError(f"{folder} is not finished: {command} goes on with it")
         self.kept[after] = state["iteration"]
         return folder
+
+    def take_log(self, fork):
+        """Begin the log with what the run `fork` has of the earlier phases."""
+        path = fork / "metrics.jsonl"
+        if path.exists() and parallel.rank() == 0:
+            earlier = PHASES[: PHASES.index(self.phase)]
+            lines = [json.dumps(x) for x in read_jsonl(path, ["phase"]) if x["phase"] in earlier]
+            write_atomically(self.root / "metrics.jsonl", "".join(line + "\n" for line in lines))
 
     def keep(self, name, digest, what):
         """Keep a digest in the saves; None is the one of the save that it starts from. UserError

@@ -766,7 +766,9 @@ def test_a_phase_needs_the_one_before_it_finished(run):
         Run(run.config, "mine", after="warmup")
     with pytest.raises(UserError, match="runs/typo/warmup/model is missing"):
         Run(dataclasses.replace(run.config, run="typo"), "mine", after="warmup")
-    assert not Path("runs/typo").exists()  # not even a lock
+    with pytest.raises(UserError, match="runs/typo/warmup/model is missing"):
+        Run(dataclasses.replace(run.config, run="new", fork="typo"), "mine", after="warmup")
+    assert not Path("runs/typo").exists() and not Path("runs/new").exists()  # not even a lock
     run.phase, run.folder = "warmup", run.root / "warmup"
     run.end_iteration(1, False, successes=[])
     run.save()
