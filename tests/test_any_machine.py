@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM
 
 import envs
 import evaluate
-import mine
 from config import Config, UserError, write_atomically
 from runtime import saves
 from runtime.flags import parse_config
@@ -365,10 +364,6 @@ def test_a_file_of_a_run_that_is_none_is_named(tmp_path, monkeypatch, capsys, na
     monkeypatch.setattr(sys, "argv", ["report", "--run", "r"])
     code, line = ended(report.main, capsys)
     assert code == 2 and line.startswith(f"error: runs/r/{name}")
-    if name == "metrics.jsonl":
-        monkeypatch.setattr(sys, "argv", ["mine", "--run", "s", "--fork", "r"])
-        code, line = ended(mine.main, capsys)
-        assert code == 2 and line.startswith("error: runs/r/metrics.jsonl, line 1: not a JSON obj")
 
 
 @pytest.fixture

@@ -111,6 +111,9 @@ def test_a_fork_goes_on_from_another_runs_warm_up_and_counts_its_episodes(begun,
     saved = json.loads(Path("runs/control/mine/config.json").read_text())
     assert saved["without"] == ["skills"] and saved["run"] == "control" and saved["max_steps"] == 3
     assert not Path("runs/t/mine").exists()
+    Path("runs/t/metrics.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="runs/t/metrics.jsonl, line 1: not a JSON object"):
+        call(mine, "--run v --fork t --mine_iterations 1")
 
 
 def test_a_fork_does_not_silently_go_on_from_the_runs_own_phase(begun, monkeypatch):
