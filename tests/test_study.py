@@ -531,3 +531,25 @@ def test_the_figure_names_each_variant_once_in_one_colour_everywhere(monkeypatch
     siri = [x for x in figure.axes[0].lines if x.get_color() == study.BLUE]  # its two seeds, first
     drawn = [line.get_xydata().round(6).tolist() for line in siri]
     assert drawn == [[[50, 0], [150, 0.2]], [[70, 0.6], [170, 0.8]], [[60, 0.3], [160, 0.5]]]
+
+
+def test_the_second_figure_compares_with_siri_and_says_where_zero_is_outside(monkeypatch):
+    figures = []
+    monkeypatch.setattr(study, "save", lambda figure, path: figures.append((figure, path)))
+    curves = {str(seed): [[0, 1, 10], [10, 3 + seed, 10]] for seed in (1, 2, 3)}
+    better = {seed: [first, [10, last[1] + 2, 10]] for seed, (first, last) in curves.items()}
+    one = {"1": curves["1"]}
+    variants = {"init": curves, "gigpo": curves, "siri": curves, "no-gate": better, "grpo": one}
+    studies = {"a": {"title": "A", "variants": variants}, "b": {"title": "B", "variants": variants}}
+    study.draw_differences(studies, "nowhere")
+    assert not figures  # no study asks for it
+    studies["b"]["compared"] = True
+    study.draw_differences(studies, "there")
+    ((figure, path),) = figures
+    (axis,) = figure.axes
+    assert path == "there" and axis.get_title(loc="left") == "B"
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert names == ["GiGPO (3 seeds)", "without gate (3 seeds)"]
+    means = [line for line in axis.lines if line.get_marker() == "o"]
+    assert [line.get_xdata()[0] for line in means] == pytest.approx([0, 0.1])
+    assert [line.get_color() for line in means] == [study.GRAY, study.BLUE]

@@ -17,6 +17,7 @@ The seeds join those of earlier calls, whose runs may be gone, and the study the
     explained  variant -> means over the seeds and the iterations of phases 1 and 2; empty where
                the seeds are of several calls
     panel      whether the figure shows the study; or title -> variants, a panel for each
+    compared   whether a second figure, <name>-differences.png, shows each variant minus SIRI
 
 Each interval is Student's t, 95%, over the seeds' differences to GiGPO and to SIRI: it speaks of
 other seeds on the same items.
@@ -387,6 +388,35 @@ def draw(studies, path):
     save(figure, path)
 
 
+def draw_differences(studies, path):
+    """Studies under each other: each variant - SIRI over the curve, its mean and 95% interval."""
+    shown = {}  # title -> {variant's name: differences}
+    for study in studies.values():
+        peers = study["variants"].get("siri") if study.get("compared") else None
+        for variant, curves in study["variants"].items() if peers else ():
+            found = differences(curves, peers, "curve")
+            if variant not in ("siri", "init") and len(found) > 1:
+                name = f"{describe(variant)[0]} ({len(found)} seeds)"
+                shown.setdefault(study["title"], {})[name] = found
+    if not shown:
+        return
+    heights = [len(lines) + 1 for lines in shown.values()]
+    size = {"figsize": (9, 1 + 0.27 * sum(heights)), "constrained_layout": True}
+    ratios = {"height_ratios": heights}
+    figure, axes = plt.subplots(len(shown), sharex=True, squeeze=False, gridspec_kw=ratios, **size)
+    for axis, (title, lines) in zip(axes[:, 0], shown.items(), strict=True):
+        for row, values in enumerate(lines.values()):
+            low, high = interval(values)
+            color = GRAY if low <= 0 <= high else BLUE  # whether it excludes zero
+            axis.plot([low, high], [row, row], color=color, lw=1.5)
+            axis.plot(np.mean(values), row, "o", color=color, ms=5)
+        axis.axvline(0, color="black", lw=0.7)
+        axis.set(yticks=range(len(lines)), yticklabels=lines, ylim=(len(lines) - 0.5, -0.5))
+        axis.set_title(title, fontsize=10, loc="left")
+    axis.set_xlabel("success over the curve, minus SIRI (95%; blue: zero is outside)")
+    save(figure, path)
+
+
 def save(figure, path):
     """Write a figure, its axes open at the top and the right."""
     for axis in figure.axes:
@@ -458,6 +488,7 @@ def main():
         else:
             print(f"{markdown(studies)}\n")
         draw(studies, path.with_suffix(".png"))
+        draw_differences(studies, path.with_name(f"{path.stem}-differences.png"))
         print(reasons(studies))
 
 
