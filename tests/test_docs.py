@@ -2,15 +2,16 @@
 
 import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from conftest import ROOT
 
 from config import read_json
+from tests.faults import runs
 from tools import report, walkthrough
 
 OTHERS = {".venv", "mutants", "runs", "tests"}
@@ -146,28 +147,27 @@ def run_fork(title, games, project) -> str:
         (project / file).write_text(content)
     commands = re.search(r"^Run\n\n```\n(.*?)```", text, re.S | re.M).group(1)
     for command in commands.strip().splitlines():
-        words = [sys.executable, *command.split()[1:]]
-        if "--data" not in words and "warmup.py" in words:
-            words += ["--preset", "tiny-household", "--data", str(games)]
-        done = subprocess.run(words, cwd=project, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+        script, *flags = command.split()[1:]
+        if "--data" not in flags and script == "warmup.py":
+            flags += ["--preset", "tiny-household", "--data", str(games)]
+        code = runs.wait(runs.fork(project, partial(run_of_copy, project, script, flags)))
+        assert code == 0, runs.said(project)[-2000:]
     return next((project / "runs").glob("*/metrics.jsonl")).read_text()
 
 
-@pytest.fixture(scope="module")
-def forks(games, tmp_path_factory):
-    """Title -> the future metrics of its fork; all are begun at once."""
-    root = tmp_path_factory.mktemp("forks")
-    with ThreadPoolExecutor() as pool:
-        yield {
-            title: pool.submit(run_fork, title, games, root / str(n))
-            for n, title in enumerate(sections())
-        }
+def run_of_copy(project, script, flags):
+    """A script with the modules of `project`, in a process that has those of this one imported."""
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(str(ROOT)):
+            del sys.modules[name]
+    sys.path.insert(0, str(project))
+    sys.argv = [script, *flags]
+    runpy.run_path(script, run_name="__main__")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("title", sections())
-def test_a_fork_applies_and_runs(title, forks):
+def test_a_fork_applies_and_runs(title, games, tmp_path):
     expected = {
         "Another loss term": '"imitation": ',
         "Another world": '"lock"',
@@ -175,4 +175,4 @@ def test_a_fork_applies_and_runs(title, forks):
         "Variants of our own": r'"grad_cosine": (?s:.*)"internalization_rows": [1-9](?s:.*)'
         r'"control_norms": \[',
     }
-    assert re.search(expected[title], forks[title].result())
+    assert re.search(expected[title], run_fork(title, games, tmp_path / "copy"))

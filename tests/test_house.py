@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from functools import cache
 
 from conftest import ROOT
 
@@ -11,6 +12,7 @@ from config import ABLATIONS
 ORDER = ["config", "worlds", "envs", "skills", "runtime", "common"]  # then phases, tools and tiny
 
 
+@cache
 def modules() -> dict:
     """Name -> file of every module of the project but the tests."""
     others = {".venv", "mutants", "runs", "tests"}
@@ -128,19 +130,24 @@ def test_the_top_level_is_eight_files_and_common_opens_with_the_mathematics():
     assert any(line.startswith("def internalization_loss") for line in lines[:200])
 
 
+@cache
+def defined_in(module) -> set:
+    """The names of a module's functions and classes, and those it assigns."""
+    tree = ast.parse(modules()[module].read_text())
+    own = {node.name for node in tree.body if hasattr(node, "name")}
+    targets = [node for node in ast.walk(tree) if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    return own | {n.id for x in targets for n in ast.walk(x) if isinstance(n, ast.Name)}
+
+
 def test_a_name_is_imported_from_its_home():
     """Names were handed on through `common`, so nobody saw where they live."""
     for name, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module in modules():
-                home = ast.parse(modules()[node.module].read_text())
-                own = {n.name for n in home.body if hasattr(n, "name")}
-                targets = [n for n in ast.walk(home) if isinstance(n, (ast.Assign, ast.AnnAssign))]
-                for target in targets:
-                    own |= {t.id for t in ast.walk(target) if isinstance(t, ast.Name)}
                 for alias in node.names:
                     module = f"{node.module}.{alias.name}" in modules()
-                    assert module or alias.name in own, f"{name}: {node.module}.{alias.name}"
+                    known = module or alias.name in defined_in(node.module)
+                    assert known, f"{name}: {node.module}.{alias.name}"
 
 
 def test_the_phases_take_names_and_not_the_whole_of_common():

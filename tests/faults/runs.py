@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from importlib import import_module
 from pathlib import Path
 
@@ -54,18 +55,14 @@ class GivenBank(SkillBank):
 
 def prepare(folder: Path) -> Path:
     """A working folder with forty products -> `folder`."""
-    torch.set_num_threads(1)  # before a fork there must be no pool of threads
-    import_module("transformers.models.qwen2.modeling_qwen2")  # else every child takes seconds
     shop.make_catalogue(folder / "shop", products=40, seed=0, difficulty=1)
     return folder
 
 
-def start(phase, folder, die_at=None, flags="", count_to=None) -> int:
-    """Fork a child that runs a phase in `folder`, its output in out.txt -> its process id.
-
-    die_at     the child kills itself at this file operation, counted from 1
-    count_to   a file for how many file operations there were
-    """
+def fork(folder, work) -> int:
+    """Fork a child that calls `work` in `folder`, its output in out.txt -> its process id."""
+    torch.set_num_threads(1)  # before a fork there must be no pool of threads
+    import_module("transformers.models.qwen2.modeling_qwen2")  # else every child takes seconds
     child = os.fork()
     if child:
         return child
@@ -75,25 +72,38 @@ def start(phase, folder, die_at=None, flags="", count_to=None) -> int:
     os.dup2(out, 2)
     sys.stdout = os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w")
-    sys.argv = [f"{phase}.py", *f"{FLAGS} --data shop {flags}".split()]
-    mine.SkillBank = GivenBank
-    operations = count_operations(folder / "runs", die_at)
     code = 1
     try:
-        run_script(SCRIPTS[phase].main)
+        work()
         code = 0
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
-        if count_to:
-            Path(count_to).write_text(str(operations[0]))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def start(phase, folder, die_at=None, flags="", count_to=None) -> int:
+    """Fork a child that runs a phase in `folder` -> its process id.
+
+    die_at     the child kills itself at this file operation, counted from 1
+    count_to   a file for how many file operations there were
+    """
+
+    def work():
+        sys.argv = [f"{phase}.py", *f"{FLAGS} --data shop {flags}".split()]
+        mine.SkillBank = GivenBank
+        operations = count_operations(folder / "runs", die_at)
+        try:
+            run_script(SCRIPTS[phase].main)
+        finally:
+            if count_to:
+                Path(count_to).write_text(str(operations[0]))
+
+    return fork(folder, work)
 
 
 def count_operations(folder, die_at) -> list:
