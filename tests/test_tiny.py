@@ -148,7 +148,7 @@ def test_short_tokens_spell_the_same_text():
 
 def course(out, **changes):
     """A short imitation."""
-    small = {"seed": 1, "count": 96, "hidden": 32, "layers": 1}
+    small = {"seed": 1, "count": 96, "hidden": 32, "layers": 1, "held_out": 64}
     return Lessons(out=str(out), **small | changes)
 
 
@@ -180,7 +180,7 @@ def test_flags_that_do_not_fit_are_a_clear_error(flags, message, monkeypatch):
 
 @pytest.mark.slow
 def test_a_short_version_of_the_training_command_learns_and_is_reproducible(tmp_path):
-    long = train_policy(course(tmp_path / "a", count=600))
+    long = train_policy(course(tmp_path / "a", count=400))
     short, again = (train_policy(course(tmp_path / name)) for name in "bc")
     assert long["loss"] < short["loss"] - 0.5 and short == again
     assert same_weights(tmp_path, "b", "c")
@@ -213,7 +213,7 @@ def test_what_was_learned_is_measured_on_the_evaluation_split(tmp_path, monkeypa
 def test_interrupted_imitation_ends_as_the_unbroken_one(pretrained, tmp_path, monkeypatch):
     """Weights, optimizers and the place in the lessons; a new start would train 3 batches twice."""
     how = {"model": str(ROOT / SHIPPED["tiny-household"])} if pretrained else {}
-    how |= {"rows": 4, "count": 24, "held_out": 2}
+    how |= {"rows": 2, "count": 12, "held_out": 2}
     train_policy(course(tmp_path / "whole", **how))
     broken = course(tmp_path / "broken", save_minutes=0.0, **how)
     real = imitate.learn
@@ -235,8 +235,8 @@ def test_interrupted_imitation_ends_as_the_unbroken_one(pretrained, tmp_path, mo
 
     train_policy(broken)  # finished: nothing more is learned
     assert len(calls) == 7
-    with pytest.raises(UserError, match="--count 24, not 25"):
-        train_policy(course(tmp_path / "broken", **how | {"count": 25}))
+    with pytest.raises(UserError, match="--count 12, not 13"):
+        train_policy(course(tmp_path / "broken", **how | {"count": 13}))
 
 
 def test_a_pretrained_model_learns_its_responses_alone_with_its_own_tokenizer(policy):
