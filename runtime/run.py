@@ -151,16 +151,18 @@ class Run:
         self.device = set_up(config)
         self.items = list_items(config, config.split)
         self.kept = {}  # phase -> the iteration from which this one goes on: the log ends there
-        self.resumed = bool(saves.folders(self.root, phase))
-        if after and not self.resumed:  # first: a mistyped --run or --fork leaves no folder
-            self.source = self.find_before(after)
+        before = None
+        if after and not parallel.by_one(self.root.exists):
+            before = self.find_before(after)  # a mistyped --run or --fork leaves no folder
         parallel.by_one(lambda: saves.own(self.root))
-        if self.resumed or not after:
-            self.source = parallel.by_one(lambda: saves.find(self.root, phase, set_aside=True))
+        self.source = parallel.by_one(lambda: saves.find(self.root, phase, set_aside=True))
+        self.resumed = self.source is not None
         if self.resumed:
             self.check_flags()
-        elif self.source and self.source.parent != self.root:
-            self.take_log(self.source.parent)
+        elif after:
+            self.source = before or self.find_before(after)
+            if self.source.parent != self.root:
+                self.take_log(self.source.parent)
         needed = ["iteration", "finished", "data", "model", *first]
         self.state = load_state(self.source, needed) if self.source else first
         self.digests = {}  # of what the run is made of, alike in all phases

@@ -97,8 +97,9 @@ def test_a_run_belongs_to_one_process_until_that_ends_however_it_ends(
         time.sleep(0.01)
     (lock.parent / "mine").mkdir()  # a damaged save is not set aside under its owner's feet
     who = f"runs/t is in use by process {first.pid} on {socket.gethostname()}: "
-    with pytest.raises(UserError, match=re.escape(who)):
-        Run(config, "mine")
+    for after in (None, "warmup"):  # what the owner has not saved is not asked for
+        with pytest.raises(UserError, match=re.escape(who)):
+            Run(config, "mine", after)
     assert {path.name for path in lock.parent.iterdir()} == {"mine", "lock"}
     (lock.parent / "mine").rmdir()
     first.kill()

@@ -147,22 +147,26 @@ def run_fork(title, games, project) -> str:
         (project / file).write_text(content)
     commands = re.search(r"^Run\n\n```\n(.*?)```", text, re.S | re.M).group(1)
     for command in commands.strip().splitlines():
-        script, *flags = command.split()[1:]
-        if "--data" not in flags and script == "warmup.py":
-            flags += ["--preset", "tiny-household", "--data", str(games)]
-        code = runs.wait(runs.fork(project, partial(run_of_copy, project, script, flags)))
+        words = command.split()[1:]
+        if "--data" not in words and "warmup.py" in words:
+            words += ["--preset", "tiny-household", "--data", str(games)]
+        code = runs.wait(runs.fork(project, partial(run_of_copy, project, words)))
         assert code == 0, runs.said(project)[-2000:]
     return next((project / "runs").glob("*/metrics.jsonl")).read_text()
 
 
-def run_of_copy(project, script, flags):
-    """A script with the modules of `project`, in a process that has those of this one imported."""
-    for name, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(str(ROOT)):
-            del sys.modules[name]
+def run_of_copy(project, words):
+    """A command with the modules of `project`, and of this process only what others made."""
+    own = {path.stem for path in project.iterdir()}
+    for name in [name for name in sys.modules if name.split(".")[0] in own]:
+        del sys.modules[name]
     sys.path.insert(0, str(project))
-    sys.argv = [script, *flags]
-    runpy.run_path(script, run_name="__main__")
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [*words, "--device", "cpu"]  # a forked process has no GPU
+        runpy.run_path(words[0], run_name="__main__")
 
 
 @pytest.mark.slow

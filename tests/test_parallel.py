@@ -39,7 +39,12 @@ def in_ranks(count, folder, work):
     for own in folders:
         own.mkdir()
     children = [runs.fork(own, partial(work_as, rank)) for rank, own in enumerate(folders)]
-    codes = [runs.wait(child) for child in children]
+    codes = []
+    for child in children:  # all, so that a rank whose peer has failed is ended too
+        try:
+            codes.append(runs.wait(child, limit=100))
+        except TimeoutError as error:
+            codes.append(error)
     assert codes == [0] * count, "".join(runs.said(own)[-2000:] for own in folders)
 
 

@@ -95,6 +95,8 @@ def test_a_warm_up_ends_with_enough_successes_and_is_not_begun_again(begun, monk
 
 def test_a_fork_leaves_out_what_its_source_did_in_the_phase_it_is_for(begun, monkeypatch):
     call(mine, f"{begun} --mine_iterations 1")
+    with open("runs/t/metrics.jsonl", "a") as log:
+        log.write(json.dumps({"phase": "distill", "iteration": 1} | counts(4, 9)) + "\n")
     call(mine, "--run u --fork t --mine_iterations 2")
     assert [(x["phase"], x["iteration"]) for x in logged("u")] == [
         ("warmup", 1),
@@ -111,9 +113,6 @@ def test_a_fork_goes_on_from_another_runs_warm_up_and_counts_its_episodes(begun,
     saved = json.loads(Path("runs/control/mine/config.json").read_text())
     assert saved["without"] == ["skills"] and saved["run"] == "control" and saved["max_steps"] == 3
     assert not Path("runs/t/mine").exists()
-    Path("runs/t/metrics.jsonl").write_text("{}")
-    with pytest.raises(UserError, match="runs/t/metrics.jsonl, line 1: not a JSON object"):
-        call(mine, "--run v --fork t --mine_iterations 1")
 
 
 def test_a_fork_does_not_silently_go_on_from_the_runs_own_phase(begun, monkeypatch):

@@ -537,7 +537,8 @@ def test_the_second_figure_compares_with_siri_and_says_where_zero_is_outside(mon
     figures = []
     monkeypatch.setattr(study, "save", lambda figure, path: figures.append((figure, path)))
     curves = {str(seed): [[0, 1, 10], [10, 3 + seed, 10]] for seed in (1, 2, 3)}
-    better = {seed: [first, [10, last[1] + 2, 10]] for seed, (first, last) in curves.items()}
+    more = {"1": 2, "2": 2, "3": 3}
+    better = {seed: [a, [10, b[1] + more[seed], 10]] for seed, (a, b) in curves.items()}
     one = {"1": curves["1"]}
     variants = {"init": curves, "gigpo": curves, "siri": curves, "no-gate": better, "grpo": one}
     studies = {"a": {"title": "A", "variants": variants}, "b": {"title": "B", "variants": variants}}
@@ -550,6 +551,10 @@ def test_the_second_figure_compares_with_siri_and_says_where_zero_is_outside(mon
     assert path == "there" and axis.get_title(loc="left") == "B"
     names = [label.get_text() for label in axis.get_yticklabels()]
     assert names == ["GiGPO (3 seeds)", "without gate (3 seeds)"]
+    assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the first row is on top
     means = [line for line in axis.lines if line.get_marker() == "o"]
-    assert [line.get_xdata()[0] for line in means] == pytest.approx([0, 0.1])
+    gains = [0.1, 0.1, 0.15]  # of the gate's rows, over two points
+    assert [line.get_xdata()[0] for line in means] == pytest.approx([0, np.mean(gains)])
+    bars = [line.get_xdata() for line in axis.lines if line.get_color() == study.BLUE]
+    assert bars[0] == pytest.approx(study.interval(gains))
     assert [line.get_color() for line in means] == [study.GRAY, study.BLUE]

@@ -391,13 +391,13 @@ def draw(studies, path):
 def draw_differences(studies, path):
     """Studies under each other: each variant - SIRI over the curve, its mean and 95% interval."""
     shown = {}  # title -> {variant's name: differences}
-    for study in studies.values():
-        peers = study["variants"].get("siri") if study.get("compared") else None
-        for variant, curves in study["variants"].items() if peers else ():
-            found = differences(curves, peers, "curve")
+    for name in [name for name, study in studies.items() if study.get("compared")]:
+        variants = variants_of(studies, name)
+        lines = shown[studies[name]["title"]] = {}
+        for variant, curves in variants.items():
+            found = differences(curves, variants["siri"], "curve")
             if variant not in ("siri", "init") and len(found) > 1:
-                name = f"{describe(variant)[0]} ({len(found)} seeds)"
-                shown.setdefault(study["title"], {})[name] = found
+                lines[f"{describe(variant)[0]} ({len(found)} seeds)"] = found
     if not shown:
         return
     heights = [len(lines) + 1 for lines in shown.values()]
@@ -409,7 +409,7 @@ def draw_differences(studies, path):
             low, high = interval(values)
             color = GRAY if low <= 0 <= high else BLUE  # whether it excludes zero
             axis.plot([low, high], [row, row], color=color, lw=1.5)
-            axis.plot(np.mean(values), row, "o", color=color, ms=5)
+            axis.plot(np.mean(values), row, "o", color=color, ms=4)
         axis.axvline(0, color="black", lw=0.7)
         axis.set(yticks=range(len(lines)), yticklabels=lines, ylim=(len(lines) - 0.5, -0.5))
         axis.set_title(title, fontsize=10, loc="left")
